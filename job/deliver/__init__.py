@@ -1,0 +1,1 @@
+"""What the user keeps: the published adapter, its card, and the report."""

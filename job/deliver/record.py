@@ -1,0 +1,114 @@
+"""Events of a run in, its metrics and its report out: what is known of a run, over all its attempts."""
+
+import json
+from pathlib import Path
+
+from job.data.prepare import Tally
+from job.deliver.report import Chosen, Report, count_actual, find_versions
+from job.errors import JobError
+from job.events import Ended, Evaluated, Event, Fetched, Loaded, Sampled, Stepped, Stopped, metrics_row
+from job.keep.ledger import Ledger
+from job.keep.store import MissingError, Store, read_text, write_text
+from job.plan.forecast import Plan
+from job.settings import Settings
+
+REPORT, METRICS = "report.json", "metrics.jsonl"
+
+
+class Record:
+    """Grows with each event; belongs to one attempt, and takes over what earlier ones wrote."""
+
+    def __init__(self, settings: Settings, run_id: str, store: Store, work: Path) -> None:
+        self._settings, self._run_id, self._store, self._work = settings, run_id, store, work
+        self._rows: dict[int, dict[str, float]] = {}
+        self._samples: list[Sampled] = []
+        self._device: str | None = None
+        self._peak_memory_bytes: int | None = None
+        self.model_dir = Path()
+        self.revision: str | None = None
+        self.plan: Plan | None = None
+        self.tally: Tally | None = None
+
+    @property
+    def last_step(self) -> int | None:
+        """The newest step that was logged."""
+        return max((step for step, row in self._rows.items() if "loss" in row), default=None)
+
+    def add(self, event: Event) -> None:
+        match event:
+            case Fetched():
+                self.model_dir, self.revision = Path(event.model_dir), event.revision
+            case Loaded():
+                self._device = event.device
+            case Stepped():
+                self._rows.setdefault(event.step, {}).update(metrics_row(event))
+            case Evaluated():
+                self._rows.setdefault(event.step, {"step": event.step})["eval_loss"] = event.eval_loss
+            case Sampled():
+                self._samples.append(event)
+            case Ended():
+                self._peak_memory_bytes = event.peak_memory_bytes
+
+    def load_metrics(self, first_step: int) -> None:
+        """Take over the steps of earlier attempts, up to the checkpoint that this one continues from."""
+        if first_step == 0:
+            return
+        try:
+            text = read_text(self._store, METRICS, self._work)
+        except MissingError:
+            return
+        rows = [json.loads(line) for line in text.splitlines()]
+        self._rows = {row["step"]: row for row in rows if row["step"] <= first_step}
+
+    def put_metrics(self) -> None:
+        if not self._rows:
+            return
+        rows = sorted(dict(self._rows).items())  # a copy: the mirror's thread calls this while steps come in
+        write_text(self._store, METRICS, "".join(json.dumps(row) + "\n" for _, row in rows), self._work / "metrics")
+
+    def report(self, ledger: Ledger, stopped: Stopped, error: JobError | None) -> Report:
+        """What is known now; of training that an earlier attempt finished, what that one reported."""
+        outcome = {
+            "stopped": stopped,
+            "exit_status": 0 if error is None else error.exit_status,
+            "reason": None if error is None else str(error),
+            "attempts": ledger.attempts,
+        }
+        if not self._rows and (past := self._past_report()) is not None:
+            return past.model_copy(update={**outcome, "actual": past.actual.model_copy(update=_time_and_cost(ledger))})
+        rows = [row for _, row in sorted(self._rows.items())]
+        steps = [row for row in rows if "loss" in row]
+        evaluations = [{"step": row["step"], "eval_loss": row["eval_loss"]} for row in rows if "eval_loss" in row]
+        last_step = int(steps[-1]["step"]) if steps else 0
+        last_loss = next((row["eval_loss"] for row in evaluations if row["step"] == last_step), None)
+        return Report(
+            run_id=self._run_id,
+            plan=self.plan,
+            actual=count_actual(
+                ledger.attempts,
+                num_tokens=int(steps[-1]["num_tokens"]) if steps else 0,
+                num_steps=last_step,
+                peak_memory_bytes=self._peak_memory_bytes,
+                device=self._device,
+            ),
+            data=self.tally,
+            evaluations=evaluations,
+            chosen=Chosen(step=last_step, eval_loss=last_loss) if error is None else None,
+            publication=None,
+            samples=self._samples,
+            model={"id": self._settings.model.model_id, "revision": self.revision},
+            settings=self._settings.without_secrets(),
+            versions=find_versions(),
+            **outcome,
+        )
+
+    def _past_report(self) -> Report | None:
+        try:
+            return Report.model_validate_json(read_text(self._store, REPORT, self._work))
+        except (MissingError, ValueError):
+            return None
+
+
+def _time_and_cost(ledger: Ledger) -> dict[str, object]:
+    actual = count_actual(ledger.attempts, num_tokens=0, num_steps=0, peak_memory_bytes=None, device=None)
+    return actual.model_dump(include={"seconds", "cost_usd"})

@@ -1,0 +1,131 @@
+"""What was planned beside what happened: `report.json`, and a short summary for the screen."""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from job.data.prepare import Tally
+from job.events import Sampled, Stopped
+from job.keep.ledger import Attempt, cost_usd
+from job.plan.forecast import Plan
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "huggingface_hub", "accelerate")
+
+
+class Actual(BaseModel):
+    """What happened, over all attempts."""
+
+    model_config = ConfigDict(frozen=True)
+
+    seconds: float
+    cost_usd: float | Literal["unknown"]
+    num_tokens: int
+    num_steps: int
+    peak_memory_bytes: int | None
+    device: str | None
+
+
+class Chosen(BaseModel):
+    """The checkpoint that became the adapter."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    eval_loss: float | None
+
+
+class Publication(BaseModel):
+    """Where the adapter was published."""
+
+    model_config = ConfigDict(frozen=True)
+
+    repo_id: str
+    revision: str
+    commit: str
+    url: str
+
+
+class Report(BaseModel):
+    """`report.json`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    stopped: Stopped
+    exit_status: int
+    reason: str | None
+    plan: Plan | None
+    actual: Actual
+    data: Tally | None
+    attempts: list[Attempt]
+    evaluations: list[dict[str, float]]
+    """Held-out loss by step, in order: {"step", "eval_loss"}."""
+    chosen: Chosen | None
+    publication: Publication | None
+    samples: list[Sampled]
+    model: dict[str, str | None]
+    """Id and resolved revision of the base model."""
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+def count_actual(
+    attempts: list[Attempt], *, num_tokens: int, num_steps: int, peak_memory_bytes: int | None, device: str | None
+) -> Actual:
+    cost = cost_usd(attempts)
+    return Actual(
+        seconds=round(sum(attempt.seconds for attempt in attempts), 1),
+        cost_usd="unknown" if cost is None else round(cost, 4),
+        num_tokens=num_tokens,
+        num_steps=num_steps,
+        peak_memory_bytes=peak_memory_bytes,
+        device=device,
+    )
+
+
+def find_versions() -> dict[str, str]:
+    """Versions of the packages that shape the result."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def summarise(report: Report, *, adapter: str, report_file: str) -> str:
+    """The last lines on the screen: how it went, where everything is, and two answers before and after."""
+    actual = report.actual
+    cost = "cost unknown (set GPU_HOURLY_RATE)" if actual.cost_usd == "unknown" else f"${actual.cost_usd:.2f}"
+    lines = [
+        "",
+        f"run {report.run_id}: {report.stopped} after {actual.num_steps} steps, {actual.num_tokens:,} tokens, "
+        f"{_duration(actual.seconds)} in {len(report.attempts)} attempt(s), {cost}",
+    ]
+    if len(report.evaluations) > 1:
+        first, last = report.evaluations[0], report.evaluations[-1]
+        lines.append(f"held-out loss: {first['eval_loss']:.3f} before, {last['eval_loss']:.3f} after")
+    if report.data is not None:
+        rows = sum(source.num_rows for source in report.data.sources)
+        kept = sum(source.num_kept for source in report.data.sources)
+        lines.append(f"data: {kept} of {rows} rows kept ({report.data.num_train} to train, {report.data.num_eval} held out)")
+    for sample in report.samples:
+        lines += ["", f"prompt   {_one_line(sample.prompt)}"]
+        lines += [f"  before {_one_line(sample.before)}", f"  after  {_one_line(sample.after)}"]
+    lines += ["", f"adapter  {adapter}", f"report   {report_file}"]
+    if report.publication is not None:
+        lines.append(f"Hub      {report.publication.url}")
+    return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 160 else flat[:159] + "…"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

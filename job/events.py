@@ -1,0 +1,162 @@
+"""The JSON lines that a child process writes and the supervisor reads, over an inherited pipe.
+
+One event is one line. The supervisor believes the events, and end of file, before it believes an exit status: launchers
+change statuses, and a killed process writes nothing more.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Literal, TextIO
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+EVENTS_FD = "JOB_EVENTS_FD"
+"""Environment variable with the number of the pipe's writing end."""
+
+
+class Stopped(StrEnum):
+    """Why an attempt ended."""
+
+    FINISHED = "finished"
+    BUDGET = "budget"
+    PREEMPTED = "preempted"
+    OUT_OF_MEMORY = "out_of_memory"
+    DIVERGED = "diverged"
+    CRASHED = "crashed"
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class Progress(_Event):
+    """What a stage is doing; `total` is None while it is unknown."""
+
+    event: Literal["progress"] = "progress"
+    text: str
+    done: int | None = None
+    total: int | None = None
+
+
+class Warned(_Event):
+    event: Literal["warned"] = "warned"
+    text: str
+
+
+class Fetched(_Event):
+    """The base model lies on this machine."""
+
+    event: Literal["fetched"] = "fetched"
+    model_dir: str
+    revision: str | None
+    """Commit of a Hub model; None for a local one."""
+
+
+class Loaded(_Event):
+    """The model is in memory, ready to train."""
+
+    event: Literal["loaded"] = "loaded"
+    device: str
+    """The GPU's name, or "cpu"."""
+    num_parameters: int
+    num_trainable: int
+    dtype: str
+
+
+class Stepped(_Event):
+    """Some optimizer steps are done: one object of metrics.jsonl."""
+
+    event: Literal["stepped"] = "stepped"
+    step: int
+    num_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    """Tokens seen since the run began, padding not counted."""
+    seconds: float
+    """Training time since this attempt's first step began."""
+
+
+class Evaluated(_Event):
+    event: Literal["evaluated"] = "evaluated"
+    step: int
+    eval_loss: float
+
+
+class Saved(_Event):
+    """A whole checkpoint lies in the local folder."""
+
+    event: Literal["saved"] = "saved"
+    step: int
+    path: str
+    seconds: float
+
+
+class Sampled(_Event):
+    """One prompt answered by the base model and by the tuned one."""
+
+    event: Literal["sampled"] = "sampled"
+    prompt: str
+    before: str
+    after: str
+
+
+class Ended(_Event):
+    """The last word of a trainer that ends on its own terms."""
+
+    event: Literal["ended"] = "ended"
+    stopped: Stopped
+    step: int
+    peak_memory_bytes: int
+    """Largest GPU memory reserved, or resident memory on a CPU."""
+
+
+class Failed(_Event):
+    """The last word of a child that fails on purpose."""
+
+    event: Literal["failed"] = "failed"
+    exit_status: int
+    message: str
+    stopped: Stopped = Stopped.CRASHED
+
+
+Event = Annotated[
+    Progress | Warned | Fetched | Loaded | Stepped | Evaluated | Saved | Sampled | Ended | Failed,
+    Field(discriminator="event"),
+]
+_ADAPTER: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+class EventWriter:
+    """Writes events to the pipe; without one, to nowhere (a stage called by hand)."""
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+
+    def write(self, event: Event) -> None:
+        if self._fd is None:
+            return
+        line = event.model_dump_json().encode() + b"\n"
+        with self._lock:
+            while line:
+                line = line[os.write(self._fd, line) :]
+
+
+def read_events(pipe: TextIO) -> Iterator[Event]:
+    """Yield events until end of file; a last line cut short by a kill is left out."""
+    for line in pipe:
+        if not line.endswith("\n"):
+            return
+        yield _ADAPTER.validate_json(line)
+
+
+def metrics_row(event: Stepped, eval_loss: float | None = None) -> dict[str, Any]:
+    """The object that metrics.jsonl keeps of a step."""
+    row: dict[str, Any] = json.loads(event.model_dump_json(exclude={"event", "num_steps"}))
+    return row if eval_loss is None else {**row, "eval_loss": eval_loss}

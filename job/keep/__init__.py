@@ -1,0 +1,1 @@
+"""What must outlive the machine: the store, checkpoints in it, and the record of every start."""

@@ -1,0 +1,189 @@
+"""The main job, stage by stage: fetch, prepare, train, keep, publish, report.
+
+A stage whose result already lies in the store is passed over, so a start after any kind of end continues there.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from job.deliver.finish import ADAPTER, deliver
+from job.deliver.record import REPORT, Record
+from job.deliver.report import Report, summarise
+from job.display import Display
+from job.errors import JobError, MachineError, PreemptedError, Problem, SettingsError
+from job.events import Stopped
+from job.keep.checkpoints import DamagedError, delete_folder, get_folder
+from job.keep.ledger import Ledger
+from job.keep.mirror import is_whole
+from job.keep.store import Store, write_text
+from job.preflight import check_everything, raise_first
+from job.settings import Settings
+from job.stages import Stages
+from job.supervise import ChildFailedError, StopRequest
+
+DONE = "DONE"
+
+
+class Run:
+    """One start of one run.
+
+    Args:
+        settings: all that was asked for.
+        run_id: the run's name.
+        store: the run's own folder in OUTPUT_URI.
+        work: the run's own folder on this machine.
+        environ: the process's environment.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        run_id: str,
+        store: Store,
+        work: Path,
+        environ: Mapping[str, str],
+        display: Display,
+        stop: StopRequest,
+    ) -> None:
+        self._settings, self._run_id, self._store, self._work = settings, run_id, store, work
+        self._display = display
+        self._record = Record(settings, run_id, store, work)
+        self._stages = Stages(settings, store=store, work=work, environ=environ, display=display, stop=stop, record=self._record)
+
+    def start(self) -> int:
+        """Do whatever is left of the run; returns 0, or raises the JobError to exit with."""
+        if DONE in self._store.list(DONE):
+            self._display.say(f"already done: {self._store.uri}; nothing to do")
+            return 0
+        with self._locked():
+            return self._start()
+
+    def publish(self) -> int:
+        """Push a trained adapter, whether or not the run was done without it; trains nothing."""
+        if not self._settings.publish.hub_model_id:
+            way_out = "set it to owner/name"
+            raise SettingsError([Problem(setting="HUB_MODEL_ID", value=None, rule="is required to publish", way_out=way_out)])
+        if not is_whole(self._store, ADAPTER):
+            way_out = "run it to the end first: `python -m job run`"
+            rule = "has no trained adapter in the store"
+            raise SettingsError([Problem(setting="RUN_ID", value=self._run_id, rule=rule, way_out=way_out)])
+        with self._locked():
+            return self._start()
+
+    def check(self) -> int:
+        """Ask everything that can be asked without spending; raises the first refusal."""
+        results = check_everything(self._settings, self._store, self._work)
+        for name, error in results:
+            self._display.say(f"{name}: {'fine' if error is None else error}")
+        raise_first(results)
+        return 0
+
+    def prepare(self) -> int:
+        """Make the training data, put it into the store, and stop."""
+        with self._locked():
+            try:
+                self._stages.fetch()
+                self._stages.prepare()
+            except ChildFailedError as failure:
+                raise failure.error from None
+        return 0
+
+    def _is_trained(self) -> bool:
+        """Whether the store holds the adapter; a damaged one is deleted, and made again from the last checkpoint."""
+        if not is_whole(self._store, ADAPTER):
+            return False
+        try:
+            get_folder(self._store, ADAPTER, self._work / ADAPTER)
+        except DamagedError as error:
+            self._display.say(f"warning: the adapter in the store is damaged and is made again: {error}")
+            delete_folder(self._store, ADAPTER)
+            return False
+        return True
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            self._work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MachineError(f"WORK_DIR: cannot make {self._work} ({error.strerror}); name a folder on a local disk") from error
+        try:
+            with FileLock(self._work / "lock", timeout=0):
+                yield
+        except Timeout:
+            raise MachineError(f"RUN_ID={self._run_id}: another process on this machine is at it; wait for it") from None
+
+    def _start(self) -> int:
+        trained = self._is_trained()
+        self._display.stage("checking the store and the Hub")
+        raise_first(check_everything(self._settings, self._store, self._work))
+        rate = self._settings.budget.gpu_hourly_rate
+        ledger = Ledger(self._store, self._work, price_usd_per_hour=rate)
+        if not ledger.past:  # a run that was deleted from the store starts over, whatever lies here
+            for left_over in ("checkpoints", "adapter", "data"):
+                shutil.rmtree(self._work / left_over, ignore_errors=True)
+        ledger.record()
+        self._write_json("settings.json", self._settings.without_secrets())
+        stopped, error = Stopped.FINISHED, None
+        try:
+            if not trained:
+                self._stages.fetch()
+                data_dir = self._stages.prepare()
+                self._stages.train(ledger, data_dir)
+                self._stages.confirm()
+        except ChildFailedError as failure:
+            stopped, error = failure.stopped, failure.error
+        except PreemptedError as failure:
+            stopped, error = Stopped.PREEMPTED, failure
+        except JobError as failure:
+            stopped, error = Stopped.CRASHED, failure
+        if error is not None:
+            self._confirm_or_warn()
+        self._close(ledger, stopped, error)
+        report = self._record.report(ledger, stopped, error)
+        if error is not None:
+            self._put_report(report)
+            raise error
+        return self._deliver(report)
+
+    def _close(self, ledger: Ledger, stopped: Stopped, error: JobError | None) -> None:
+        try:
+            ledger.record(stopped=stopped)
+        except JobError as second:
+            if error is None:
+                raise
+            self._display.say(f"warning: {second}")  # the first error decides the exit status
+
+    def _deliver(self, report: Report) -> int:
+        if target := self._settings.publish.hub_model_id:
+            self._display.stage(f"publishing to {target}")
+        report = deliver(
+            report,
+            self._settings,
+            store=self._store,
+            adapter=self._work / ADAPTER,
+            redact=self._display.redact,
+            put_report=self._put_report,
+        )
+        self._write_json(DONE, {"run_id": self._run_id})
+        where = self._store.uri
+        self._display.say(summarise(report, adapter=f"{where}/{ADAPTER}", report_file=f"{where}/{REPORT}"))
+        return 0
+
+    def _confirm_or_warn(self) -> None:
+        try:
+            self._stages.confirm()
+        except JobError as error:  # told beside the failure that came first
+            self._display.say(f"warning: {error}")
+
+    def _put_report(self, report: Report) -> None:
+        self._write_json(REPORT, report.model_dump(mode="json"))
+
+    def _write_json(self, name: str, value: object) -> None:
+        text = json.dumps(value, indent=1, ensure_ascii=False)
+        write_text(self._store, name, self._display.redact(text), self._work)

@@ -1,0 +1,40 @@
+"""Environment variables in, one frozen `Settings` out."""
+
+from job.settings.dataset_spec import DatasetSpec, Where, data_suffixes, package_file
+from job.settings.identity import data_fingerprint, data_identity, default_run_id, is_hub_id, result_fingerprint
+from job.settings.read import RECIPES_DIR, Configuration, Settings, known_names, read_settings
+from job.settings.sections import (
+    BudgetSettings,
+    DataSettings,
+    KeepSettings,
+    LoraSettings,
+    ModelSettings,
+    PublishSettings,
+    Secrets,
+    TrainSettings,
+)
+
+__all__ = [
+    "RECIPES_DIR",
+    "BudgetSettings",
+    "Configuration",
+    "DataSettings",
+    "DatasetSpec",
+    "KeepSettings",
+    "LoraSettings",
+    "ModelSettings",
+    "PublishSettings",
+    "Secrets",
+    "Settings",
+    "TrainSettings",
+    "Where",
+    "data_fingerprint",
+    "data_identity",
+    "data_suffixes",
+    "default_run_id",
+    "is_hub_id",
+    "known_names",
+    "package_file",
+    "read_settings",
+    "result_fingerprint",
+]

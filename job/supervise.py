@@ -1,0 +1,181 @@
+"""The keeper of child processes: starts one, reads its events, forwards signals, and judges how it ended.
+
+Imports no torch. A child that is killed leaves end of file on its pipe; a supervisor that is killed closes the child's
+standard input, and the child ends itself.
+"""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+
+from pydantic import BaseModel
+
+from job.errors import JobError, MachineError, PreemptedError, error_for_status
+from job.events import EVENTS_FD, Ended, Event, Failed, Stopped, read_events
+
+SECRET_NAMES = (
+    "HF_TOKEN",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "RUNPOD_API_KEY",
+    "WANDB_API_KEY",
+)
+
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Libraries' own bars and remarks would tear our lines apart; set one of these to hear them again."""
+
+
+class StopRequest:
+    """SIGTERM or SIGINT to the supervisor: the first asks children to stop, a second one kills them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+
+    def check(self) -> None:
+        """Raise PreemptedError when a stop was asked for."""
+        if self.count:
+            raise PreemptedError("stopped by a signal; start again with the same settings to continue")
+
+
+def child_environ(environ: Mapping[str, str], secrets: Mapping[str, str], allowed: tuple[str, ...] = ()) -> dict[str, str]:
+    """The environment without a credential, but for those that this child needs."""
+    hidden = {*SECRET_NAMES, *(f"{name}_FILE" for name in SECRET_NAMES)}
+    kept = {name: value for name, value in environ.items() if name not in hidden}
+    quiet = {name: kept.get(name, value) for name, value in QUIET.items()}
+    return kept | quiet | {name: secrets[name] for name in allowed if name in secrets}
+
+
+class ChildFailedError(Exception):
+    """A child ended without doing its work."""
+
+    def __init__(self, error: JobError, stopped: Stopped) -> None:
+        self.error, self.stopped = error, stopped
+        super().__init__(str(error))
+
+
+def run_child(
+    stage: str,
+    spec: BaseModel,
+    *,
+    folder: Path,
+    environ: Mapping[str, str],
+    stop: StopRequest,
+    grace_seconds: float,
+    on_event: Callable[[Event], None],
+    on_idle: Callable[[], None],
+) -> None:
+    """Run a stage in a process of its own until it ends.
+
+    Args:
+        stage: fetch, prepare or train.
+        spec: its settings, written to `folder` as JSON.
+        environ: its whole environment.
+        stop: asked every second.
+        grace_seconds: how long a stopping child may take before it is killed.
+        on_event: called in this thread with each event.
+        on_idle: called about once a second.
+
+    Raises:
+        ChildFailedError: carries the error to exit with, and why the attempt stopped.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    spec_file = folder / f"{stage}.json"
+    spec_file.write_text(spec.model_dump_json(indent=1), "utf-8")
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "job.child", stage, str(spec_file)],
+        env={**environ, EVENTS_FD: str(writer)},
+        stdin=subprocess.PIPE,
+        stdout=sys.stderr,
+        pass_fds=(writer,),
+        process_group=0,  # a Ctrl-C at the terminal reaches us alone, and we pass it on
+    )
+    os.close(writer)
+    last: Event | None = None
+    asked_at: float | None = None
+    try:
+        for event in _Events(reader):
+            if event is not None:
+                last = event
+                on_event(event)
+            if stop.count and asked_at is None:
+                asked_at = time.monotonic()
+                process.terminate()
+            if asked_at is not None and (stop.count > 1 or time.monotonic() - asked_at > grace_seconds):
+                process.kill()
+            on_idle()
+        status = process.wait()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    _judge(stage, status, last, stop)
+
+
+class _Events:
+    """Events as they come, None after each second without one; ends with end of file."""
+
+    _END = object()
+
+    def __init__(self, reader: int) -> None:
+        self._queue: queue.Queue[object] = queue.Queue()
+        self._error: Exception | None = None
+        threading.Thread(target=self._read, args=(reader,), daemon=True).start()
+
+    def __iter__(self) -> "_Events":
+        return self
+
+    def __next__(self) -> Event | None:
+        try:
+            item = self._queue.get(timeout=1.0)
+        except queue.Empty:
+            return None
+        if item is self._END:
+            if self._error:
+                raise self._error
+            raise StopIteration
+        return item  # type: ignore[return-value]
+
+    def _read(self, reader: int) -> None:
+        try:
+            with os.fdopen(reader, encoding="utf-8") as pipe:
+                for event in read_events(pipe):
+                    self._queue.put(event)
+        except Exception as error:  # handed to the thread that iterates
+            self._error = error
+        self._queue.put(self._END)
+
+
+def _judge(stage: str, status: int, last: Event | None, stop: StopRequest) -> None:
+    """Believe the last event before the status."""
+    if isinstance(last, Failed):
+        raise ChildFailedError(error_for_status(last.exit_status, last.message), last.stopped)
+    if isinstance(last, Ended) and last.stopped is Stopped.PREEMPTED:
+        raise ChildFailedError(PreemptedError(f"stopped by a signal after step {last.step}, checkpoint saved"), last.stopped)
+    if status == 0 and (stage != "train" or isinstance(last, Ended)):
+        return
+    if stop.count:
+        message = f"the {stage} process did not stop in time and was killed; the last checkpoint is kept"
+        raise ChildFailedError(PreemptedError(message), Stopped.PREEMPTED)
+    if status == -signal.SIGKILL:
+        message = f"the {stage} process was killed from outside, most likely for host memory; start again to continue"
+        raise ChildFailedError(MachineError(message), Stopped.CRASHED)
+    raise ChildFailedError(JobError(f"the {stage} process ended with status {status} and no last word"), Stopped.CRASHED)

@@ -1,0 +1,1 @@
+"""One resumable run: what happens inside the trainer process."""

@@ -1,0 +1,55 @@
+"""What the supervisor tells its child processes: one JSON file per stage. Imports nothing heavy, holds no secret."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from job.settings import DataSettings, LoraSettings, ModelSettings, TrainSettings
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FetchSpec(_Spec):
+    """Bring the base model onto this machine."""
+
+    model: ModelSettings
+    models_dir: Path
+    """Where converted models are cached."""
+
+
+class PrepareSpec(_Spec):
+    """Make the training set."""
+
+    data: DataSettings
+    model_dir: Path
+    chat_template: str | None
+    trust_remote_code: bool
+    folder: Path
+    """Where the prepared set goes; appears whole or not at all."""
+    cache_dir: Path
+    seed: int
+
+
+class TrainSpec(_Spec):
+    """Train from a checkpoint, or from the start."""
+
+    model: ModelSettings
+    lora: LoraSettings
+    train: TrainSettings
+    system_prompt: str | None
+    model_dir: Path
+    data_dir: Path
+    checkpoints_dir: Path
+    adapter_dir: Path
+    """Where the trained adapter and the tokenizer go."""
+    scratch_dir: Path
+    resume_from: Path | None
+    micro_batch: int
+    gradient_accumulation_steps: int
+    num_steps: int
+    save_interval_seconds: float
+    save_steps: int | None
+    expect_gpu: bool
+    """Whether the driver showed a GPU; training on the CPU at a GPU's price is refused."""

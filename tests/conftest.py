@@ -1,0 +1,125 @@
+"""Real small parts for the tests: a tiny model with its tokenizer, and a way to start the job as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with random weights and a byte-level tokenizer, as a folder."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=TEMPLATE,
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 short conversations as JSON lines."""
+    path = tmp_path_factory.mktemp("data") / "conversations.jsonl"
+    rows = [{"prompt": f"What follows {number}?", "completion": f"{number + 1} follows."} for number in range(64)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+class Job:
+    """Starts `python -m job` in a clean environment, with everything it writes below one folder."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.settings = {"OUTPUT_URI": str(folder / "runs"), "RUN_ID": "r", "WORK_DIR": str(folder / "work"), **settings}
+
+    def environ(self, **settings: str) -> dict[str, str]:
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        fixed = {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+        return {**inherited, **fixed, **self.settings, **settings}
+
+    def start(self, *arguments: str, **settings: str) -> subprocess.Popen[str]:
+        """Start in a process group of its own; the folder is the current one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return subprocess.Popen(
+            [sys.executable, "-m", "job", *arguments],
+            env=self.environ(**settings),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str, **settings: str) -> tuple[int, str]:
+        """Run to the end; returns (exit status, all that was printed)."""
+        process = self.start(*arguments, **settings)
+        output, _ = process.communicate(timeout=240)
+        return process.returncode, output
+
+    @property
+    def kept(self) -> Path:
+        return self.folder / "runs" / "r"
+
+    def report(self) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads((self.kept / "report.json").read_text("utf-8"))
+        return report
+
+
+def small_run(model: Path, data: Path) -> dict[str, str]:
+    """Settings that train the tiny model for 12 steps in a few seconds."""
+    return {
+        "MODEL_ID": str(model),
+        "DATASETS": str(data),
+        "MAX_LENGTH": "128",
+        "EFFECTIVE_BATCH_SIZE": "4",
+        "PER_DEVICE_TRAIN_BATCH_SIZE": "2",
+        "MAX_STEPS": "12",
+        "SAVE_STEPS": "4",
+        "LEARNING_RATE": "0.01",
+        "EVAL_FRACTION": "0.1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_model: Path, conversations: Path) -> Job:
+    """A small run with a folder of its own."""
+    return Job(tmp_path, small_run(tiny_model, conversations))

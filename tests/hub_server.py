@@ -1,0 +1,300 @@
+"""A small Hugging Face Hub in memory: real HTTP on 127.0.0.1, repositories that a test can seed, break and inspect.
+
+    with HubServer() as hub:
+        oid = hub.add_repo("dataset", "tester/chats", {"train.jsonl": b"{}"})
+        hub.fail("POST", "/commit/", status=503)
+        run_child(env={"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test"})  # the client reads HF_ENDPOINT at import
+        assert "README.md" in hub.files("model", "tester/adapter")
+
+Does not handle: LFS and Xet (every upload is "regular", whatever its size), pull requests, tags, Spaces, organisations,
+repository names without an owner, listings in several pages, redirects to a CDN, the content of a card's YAML.
+
+Sources: what huggingface_hub 2.4.0 and datasets 5.2.0 send and read; huggingface.js issue 945 (gated repositories list
+their files to anybody); huggingface_hub pull request 2389 (it is the client, not the Hub, that avoids empty commits).
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
+from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote
+
+Kind = Literal["model", "dataset"]
+Files = Mapping[str, bytes]  # a tree: content by path
+Headers = Mapping[str, str]
+Answer = tuple[int, bytes, Headers]
+
+
+class Request(NamedTuple):  # a line of the log, written before the answer is sent
+    method: str
+    path: str  # as sent: quoted, with the query
+    status: int  # 0: the connection was closed in the middle of the answer
+    has_authorization: bool
+
+
+class Commit(NamedTuple):
+    oid: str
+    message: str
+    files: Files  # the whole tree after this commit
+
+
+@dataclass
+class Repo:
+    url: str
+    private: bool
+    gated: bool
+    branches: dict[str, list[Commit]] = field(default_factory=dict)  # oldest commit first, never empty
+    readers: set[str] = field(default_factory=set)  # users with access to what is private or gated, besides the owner
+
+    def history(self, revision: str) -> list[Commit]:
+        """Return the commits that lead to a branch or a full oid, oldest first."""
+        for name, commits in self.branches.items():
+            for number, commit in enumerate(commits, 1):
+                if revision == commit.oid or (revision == name and number == len(commits)):
+                    return commits[:number]
+        raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def commit(self, branch: str, message: str, files: Files) -> str:
+        commits = self.branches.setdefault(branch, [])
+        # The number makes a commit that changes nothing a new one; the content keeps two servers' commits apart.
+        identity = (len(commits), message, sorted((path, blob_oid(data)) for path, data in files.items()))
+        commits.append(Commit(hashlib.sha1(repr(identity).encode()).hexdigest(), message, files))
+        return commits[-1].oid
+
+
+class Refusal(Exception):
+    """An answer that is an error; the client turns `code` into the class of its exception."""
+
+    def __init__(self, status: int, message: str, code: str = "", headers: Headers | None = None) -> None:
+        super().__init__(message)
+        known = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
+        self.answer = as_json({"error": message}, status, known)
+
+
+class HubServer:
+    """Serve from a daemon thread until the `with` block ends; the methods may be called from any thread."""
+
+    def __init__(self, tokens: Mapping[str, str] | None = None) -> None:
+        self.tokens = dict({"hf_test": "tester"} if tokens is None else tokens)  # token: user, who may write to user/*
+        self.repos: dict[tuple[Kind, str], Repo] = {}
+        self.requests: list[Request] = []
+        self.faults: list[tuple[str, str, Answer | None]] = []  # method, path regex, answer (None: reset)
+        self.lock = threading.RLock()  # guards all of these; held while a request is answered, not while it is sent
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+
+    def __enter__(self) -> "HubServer":
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()  # polls: a quick exit
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def add_repo(self, kind: Kind, repo_id: str, files: Files, private: bool = False, gated: bool = False) -> str:
+        """Create or replace a repository: one commit on main with exactly `files`. Return its oid."""
+        with self.lock:
+            url = f"{self.url}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+            repo = self.repos[kind, repo_id] = Repo(url, private, gated)
+            return repo.commit("main", "initial commit", dict(files))
+
+    def add_commit(self, kind: Kind, repo_id: str, files: Files, revision: str = "main") -> str:
+        """Add or replace `files` on a branch. Return the new oid."""
+        with self.lock:
+            repo = self.repos[kind, repo_id]
+            return repo.commit(revision, "update", {**repo.branches[revision][-1].files, **files})
+
+    def files(self, kind: Kind, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        """Return the tree at a branch or commit. Raises: KeyError (no such repository), Refusal (no such revision)."""
+        with self.lock:
+            return dict(self.repos[kind, repo_id].history(revision)[-1].files)
+
+    def fail(
+        self,
+        method: str,
+        path_regex: str,
+        status: int = 500,
+        times: int = 1,
+        headers: Headers | None = None,
+        reset: bool = False,
+    ) -> None:
+        """Break the next `times` requests of this method in whose path (with its query) the regex is found.
+
+        They get `status` and change nothing; or, with `reset`, they take full effect and lose their answer halfway.
+        """
+        with self.lock:
+            answer = None if reset else as_json({"error": "injected fault"}, status, headers)
+            self.faults += [(method, path_regex, answer)] * times
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection: the Hub's routes over the state of `hub`."""
+
+    hub: HubServer
+    protocol_version = "HTTP/1.1"  # the client keeps its connections open
+
+    def _serve(self) -> None:
+        self.body = self._read_body()
+        with self.hub.lock:
+            fault = next((f for f in self.hub.faults if f[0] == self.command and re.search(f[1], self.path)), None)
+            if fault:
+                self.hub.faults.remove(fault)
+            reset = fault is not None and fault[2] is None
+            try:
+                status, body, headers = fault[2] if fault and fault[2] else self._answer()
+            except Refusal as refusal:
+                status, body, headers = refusal.answer
+            logged = Request(self.command, self.path, 0 if reset else status, "Authorization" in self.headers)
+            self.hub.requests.append(logged)
+        lines = "".join(f"{k}: {v}\r\n" for k, v in {"Content-Length": str(len(body)), **headers}.items())
+        raw = f"HTTP/1.1 {status} -\r\n{lines}\r\n".encode() + (b"" if self.command == "HEAD" else body)
+        self.wfile.write(raw[: len(raw) // 2] if reset else raw)
+        self.close_connection |= reset
+
+    do_GET = do_HEAD = do_POST = do_DELETE = _serve
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Stay silent: `hub.requests` is the log."""
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size + 2)[:size]  # without the line end
+        self.rfile.readline()  # the empty line after the last chunk
+        return body
+
+    def _answer(self) -> Answer:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.user = self.hub.tokens.get(token)
+        if token and self.user is None:
+            raise Refusal(401, "Invalid credentials in Authorization header")
+        path, _, self.query = self.path.partition("?")
+        parts = [unquote(part) for part in path.strip("/").split("/")]  # after the split: a revision may hold a slash
+        kind: Kind = "dataset" if path.startswith(("/datasets/", "/api/datasets/")) else "model"
+        match self.command, parts:
+            case "GET", ["api", "whoami-v2"] if self.user:
+                return as_json({"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token"}})
+            case "POST", ["api", "validate-yaml"]:
+                return as_json({"errors": [], "warnings": []})
+            case ("POST", ["api", "repos", "create"]) | ("DELETE", ["api", "repos", "delete"]):
+                return self._create_or_delete(json.loads(self.body))
+            case method, ["api", "models" | "datasets", owner, name, *rest]:
+                repo = self._access(kind, f"{owner}/{name}", "write" if method == "POST" else "listing")
+                return self._repo_api(repo, f"{owner}/{name}", rest)
+            case "GET" | "HEAD", (["datasets", owner, name, "resolve", *rest] | [owner, name, "resolve", *rest]):
+                return self._resolve(self._access(kind, f"{owner}/{name}", "content"), rest[0], "/".join(rest[1:]))
+        raise Refusal(404, f"No such page: {self.command} {path}")
+
+    def _access(self, kind: Kind, repo_id: str, want: Literal["listing", "content", "write"]) -> Repo:
+        repo, owner = self.hub.repos.get((kind, repo_id)), repo_id.split("/")[0]
+        inside = repo is not None and self.user in {owner, *repo.readers}
+        if repo is None or (repo.private and not inside):
+            raise Refusal(404 if self.user else 401, "Repository not found", "RepoNotFound")
+        if want == "content" and repo.gated and not inside:
+            raise Refusal(403 if self.user else 401, f"Access to {kind} {repo_id} is restricted", "GatedRepo")
+        if want == "write" and self.user != owner:
+            raise Refusal(403 if self.user else 401, f"You don't have the rights to change {kind} {repo_id}")
+        return repo
+
+    def _create_or_delete(self, wanted: dict[str, Any]) -> Answer:
+        kind, owner = wanted.get("type", "model"), wanted.get("organization") or self.user
+        repo_id = f"{owner}/{wanted['name']}"
+        if self.command == "DELETE":
+            self._access(kind, repo_id, "write")
+            del self.hub.repos[kind, repo_id]
+            return as_json({})
+        if self.user is None or self.user != owner:
+            raise Refusal(403 if self.user else 401, f"You don't have the rights to create a {kind} under {owner}")
+        if repo := self.hub.repos.get((kind, repo_id)):
+            return as_json({"error": f"You already created this {kind} repo", "url": repo.url}, 409)
+        private = wanted.get("visibility") == "private" or wanted.get("private") is True
+        self.hub.add_repo(kind, repo_id, {".gitattributes": b"*.safetensors filter=lfs\n"}, private)
+        return as_json({"url": self.hub.repos[kind, repo_id].url, "name": repo_id})
+
+    def _repo_api(self, repo: Repo, repo_id: str, rest: list[str]) -> Answer:
+        match self.command, rest:
+            case "GET", [] | ["revision", _]:
+                oid, _, files = repo.history(rest[1] if rest else "main")[-1]
+                siblings: list[dict[str, Any]] = [{"rfilename": path} for path in files]
+                if "blobs=true" in self.query:
+                    siblings = [{"rfilename": p, "size": len(b), "blobId": blob_oid(b)} for p, b in files.items()]
+                facts = {"id": repo_id, "sha": oid, "private": repo.private, "gated": repo.gated and "manual"}
+                return as_json({**facts, "disabled": False, "tags": [], "siblings": siblings})
+            case "GET", ["tree", revision, *folders]:
+                prefix = "".join(f"{folder}/" for folder in folders)
+                inside = [e for e in entries(repo.history(revision)[-1].files) if e["path"].startswith(prefix)]
+                if prefix and not inside:
+                    raise Refusal(404, f"{prefix} does not exist on {revision}", "EntryNotFound")
+                deep = "recursive=true" in self.query
+                return as_json([e for e in inside if deep or "/" not in e["path"].removeprefix(prefix)])
+            case "POST", ["preupload", revision]:
+                oids = {path: {"oid": blob_oid(data)} for path, data in repo.history(revision)[-1].files.items()}
+                paths = [file["path"] for file in json.loads(self.body)["files"]]
+                plain = {"uploadMode": "regular", "shouldIgnore": False}
+                return as_json({"files": [{"path": path, **plain, **oids.get(path, {})} for path in paths]})
+            case "POST", ["commit", branch] if not self.query:  # a query asks for a pull request
+                oid = self._commit(repo, branch, [json.loads(line) for line in self.body.splitlines()])
+                return as_json({"success": True, "commitOid": oid, "commitUrl": f"{repo.url}/commit/{oid}"})
+            case "POST", ["branch", branch]:
+                if branch in repo.branches:
+                    raise Refusal(409, f"Reference already exists: {branch}")
+                repo.branches[branch] = repo.history(json.loads(self.body).get("startingPoint", "main"))
+                return as_json({})
+        raise Refusal(404, f"No such page: {self.command} {self.path}")
+
+    def _commit(self, repo: Repo, branch: str, lines: list[dict[str, Any]]) -> str:
+        if branch not in repo.branches:
+            raise Refusal(404, f"Invalid rev id: {branch}", "RevisionNotFound")
+        head, message = repo.branches[branch][-1], ""
+        files = dict(head.files)
+        for key, value in ((line["key"], line["value"]) for line in lines):
+            if key == "header":
+                message = value["summary"]
+                if value.get("parentCommit", head.oid) != head.oid:
+                    raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+            elif key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key != "deletedFile":
+                raise Refusal(400, f"{key} is not supported by this server")
+            elif files.pop(value["path"], None) is None:
+                raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
+        return repo.commit(branch, message, files)
+
+    def _resolve(self, repo: Repo, revision: str, path: str) -> Answer:
+        oid, _, files = repo.history(revision)[-1]
+        if (data := files.get(path)) is None:
+            raise Refusal(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": oid})
+        headers = {"ETag": f'"{blob_oid(data)}"', "X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
+        if not (wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
+            return 200, data, headers
+        start, stop = int(wanted[1]), min(int(wanted[2] or len(data)) + 1, len(data))
+        if start >= stop:
+            raise Refusal(416, "Range not satisfiable", headers={"Content-Range": f"bytes */{len(data)}"})
+        return 206, data[start:stop], {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
+
+
+def as_json(value: object, status: int = 200, headers: Headers | None = None) -> Answer:
+    return status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})}
+
+
+def blob_oid(data: bytes) -> str:
+    """Return git's name for a file's content: the client compares it with its own."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def entries(files: Files) -> list[dict[str, Any]]:
+    """Describe every file and folder of a tree, sorted by path."""
+    found = {}
+    for path, data in files.items():
+        found[path] = {"type": "file", "oid": blob_oid(data), "size": len(data), "path": path}
+        for folder in map(str, list(PurePosixPath(path).parents)[:-1]):
+            found[folder] = {"type": "directory", "oid": blob_oid(folder.encode()), "size": 0, "path": folder}
+    return [found[path] for path in sorted(found)]
