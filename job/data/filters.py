@@ -7,7 +7,8 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 
-from job.data.messages import Example, Reason
+from job.data.messages import Example
+from job.data.reasons import Reason
 from job.settings import DataSettings
 
 Filter = Callable[[Example], Reason | None]

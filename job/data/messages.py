@@ -8,33 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from job.data.reasons import Reason
 from job.errors import DataError
 from job.settings import DatasetSpec
-
-
-class Reason(StrEnum):
-    """Why a row was dropped; each dropped row has exactly one, the first that applies."""
-
-    UNREADABLE = "unreadable"
-    """The row could not be parsed."""
-    MALFORMED = "malformed"
-    """The row lacks the columns or types of its source's shape, or its text is not Unicode."""
-    TEMPLATE_REFUSES = "template_refuses"
-    """The chat template raises an error for it: roles in an order it does not know, or a system message."""
-    NO_REPLY = "no_reply"
-    """The conversation does not end with the assistant."""
-    EMPTY_REPLY = "empty_reply"
-    """A reply, or the whole text, is empty."""
-    DUPLICATE = "duplicate"
-    """The same text came before."""
-    WRONG_LANGUAGE = "wrong_language"
-    """Not in one of LANGUAGE."""
-    TOO_SHORT = "too_short"
-    """Fewer than MIN_TOKENS tokens."""
-    TOO_LONG = "too_long"
-    """More than MAX_LENGTH tokens."""
-    NOTHING_TO_LEARN = "nothing_to_learn"
-    """No learned token is left after truncation."""
 
 
 class Shape(StrEnum):

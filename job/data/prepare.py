@@ -18,7 +18,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from job.data.filters import build_filters, content_key, first_reason
-from job.data.messages import Reason, detect_layout, read_row
+from job.data.messages import detect_layout, read_row
+from job.data.reasons import Reason
 from job.data.sources import open_rows, peek_columns
 from job.data.tokens import CHATML, Labeller, Tokenizer
 from job.errors import DataError

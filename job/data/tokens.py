@@ -12,7 +12,8 @@ from typing import Any, Literal, Protocol
 
 import jinja2
 
-from job.data.messages import Example, Message, Reason
+from job.data.messages import Example, Message
+from job.data.reasons import Reason
 from job.errors import DataError
 
 IGNORED = -100

@@ -1,18 +1,11 @@
 """Environment variables in, one frozen `Settings` out."""
 
+from job.settings.data import DataSettings
 from job.settings.dataset_spec import DatasetSpec, Where, data_suffixes, package_file
 from job.settings.identity import data_fingerprint, data_identity, default_run_id, is_hub_id, result_fingerprint
+from job.settings.keep import BudgetSettings, KeepSettings, PublishSettings, Secrets
 from job.settings.read import RECIPES_DIR, Configuration, Settings, known_names, read_settings
-from job.settings.sections import (
-    BudgetSettings,
-    DataSettings,
-    KeepSettings,
-    LoraSettings,
-    ModelSettings,
-    PublishSettings,
-    Secrets,
-    TrainSettings,
-)
+from job.settings.train import LoraSettings, ModelSettings, TrainSettings
 
 __all__ = [
     "RECIPES_DIR",

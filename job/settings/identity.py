@@ -13,7 +13,7 @@ from typing import Any
 
 from job.settings.dataset_spec import DatasetSpec, Where, data_suffixes, package_file
 from job.settings.read import Settings, sections
-from job.settings.sections import NEUTRAL, Section
+from job.settings.section import NEUTRAL, Section
 
 
 def result_fingerprint(settings: Settings) -> str:

@@ -16,17 +16,10 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from job.errors import Problem, SettingsError
-from job.settings.sections import (
-    BudgetSettings,
-    DataSettings,
-    KeepSettings,
-    LoraSettings,
-    ModelSettings,
-    PublishSettings,
-    Secrets,
-    Section,
-    TrainSettings,
-)
+from job.settings.data import DataSettings
+from job.settings.keep import BudgetSettings, KeepSettings, PublishSettings, Secrets
+from job.settings.section import Section
+from job.settings.train import LoraSettings, ModelSettings, TrainSettings
 
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "recipes"
 CONTROL_NAMES = ("RECIPE", "JOB_ENV_FILE")

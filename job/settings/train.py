@@ -1,62 +1,14 @@
-"""Every setting, declared once: name, type, default, rule and the line of documentation that the user reads.
-
-A field `max_length` is the setting `MAX_LENGTH`. Names that pass through to transformers, TRL or peft keep the library's
-name. What is not handled here: reading the values (`read.py`), showing them (`describe.py`).
-"""
+"""Settings of the model, the adapter and the training run; one line of documentation at each."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    SecretStr,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from job.settings.dataset_spec import DatasetSpec, package_file, split_list
+from job.settings.dataset_spec import package_file
+from job.settings.section import NEUTRAL, Section, Texts
 from job.settings.train_args import check_train_args
-
-
-class Neutral:
-    """Marks a setting that changes how a run goes and not what it makes: it is left out of the run's identity."""
-
-
-NEUTRAL = Neutral()
-
-
-class Section(BaseModel):
-    """A group of settings that one stage takes."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True, allow_inf_nan=False
-    )
-    title: ClassVar[str]
-
-
-def _split_text(value: Any) -> Any:
-    return tuple(split_list(value)) if isinstance(value, str) else value
-
-
-def _parse_datasets(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    specs, complaints = [], []
-    for entry in split_list(value):
-        try:
-            specs.append(DatasetSpec.parse(entry))
-        except ValueError as error:
-            complaints.append(str(error))
-    if complaints or not specs:
-        raise ValueError("; ".join(complaints) or "names no data set")
-    return tuple(specs)
 
 
 def _parse_json_object(value: Any) -> Any:
@@ -82,18 +34,6 @@ def _check_model_exists(value: str) -> str:
     return value
 
 
-def _check_output_uri(value: str) -> str:
-    scheme, separator, rest = value.partition("://")
-    if separator and scheme != "s3":
-        raise ValueError("must be a folder or s3://bucket/prefix")
-    if separator and not rest.partition("/")[0]:
-        raise ValueError("names no bucket (s3://bucket/prefix)")
-    return value.rstrip("/") or "/"
-
-
-Texts = Annotated[tuple[str, ...], BeforeValidator(_split_text)]
-
-
 class ModelSettings(Section):
     title = "Model"
 
@@ -110,7 +50,7 @@ class ModelSettings(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel; flash_attention_2 needs its package and a GPU of 2020 or newer."""
     chat_template: str | None = None
-    """A Jinja file to use instead of the tokenizer's own chat template; models without one get ChatML."""
+    """Instead of the tokenizer's own template: a Jinja file, or a family that TRL ships (`qwen3`, `gemma3`, ...) or `chatml`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; leave off unless you have read that code."""
 
@@ -138,35 +78,6 @@ class LoraSettings(Section):
     """Scale by alpha/sqrt(r): steadier at ranks above 64 (arXiv 2312.03732)."""
     use_dora: bool = False
     """Weight-decomposed LoRA: a little better at small ranks, slower (arXiv 2402.09353)."""
-
-
-class DataSettings(Section):
-    title = "Data"
-
-    datasets: Annotated[tuple[DatasetSpec, ...], BeforeValidator(_parse_datasets)]
-    """Data sets, separated by commas or lines, each `where[?option=value&...]`; the README shows the options."""
-    system_prompt: str | None = None
-    """System message put before every conversation that has none."""
-    learn: Literal["assistant", "all"] = "assistant"
-    """Which tokens the loss counts: the assistant's replies, or every token."""
-    language: Texts = ()
-    """Keep only these languages (`tr,en`); empty keeps all. Code and raw addresses are not judged."""
-    language_min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """How sure the detector must be that an example is in one of LANGUAGE."""
-    min_tokens: PositiveInt = 1
-    """Examples shorter than this many tokens are dropped."""
-    max_length: Annotated[int, Field(ge=8)] = 2048
-    """Longest example in tokens; memory grows with it."""
-    overlong: Literal["drop", "truncate"] = "drop"
-    """What happens to an example longer than MAX_LENGTH; truncated ones may lose the end of the reply."""
-    dedup: Literal["off", "exact"] = "exact"
-    """Drop an example whose text was seen before, in any data set."""
-    max_samples: PositiveInt | None = None
-    """Stop reading when this many examples have survived."""
-    min_samples: PositiveInt = 8
-    """Refuse to train on fewer surviving examples than this."""
-    eval_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.05
-    """Share of examples held out to measure the loss on; 0 turns evaluation off."""
 
 
 class TrainSettings(Section):
@@ -202,6 +113,8 @@ class TrainSettings(Section):
     """Report the loss every this many steps."""
     eval_steps: PositiveInt | None = None
     """Measure the held-out loss every this many steps; always at the start and at the end."""
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after this many evaluations in a row without a lower held-out loss; the best checkpoint is kept. Needs EVAL_STEPS."""
     eval_prompts: Annotated[tuple[str, ...], BeforeValidator(lambda v: _prompts(v)), NEUTRAL] = ()
     """Prompts answered before and after training, one a line, or a file of them; else two held-out ones."""
     train_args: Annotated[dict[str, Any], BeforeValidator(_parse_json_object), AfterValidator(lambda v: _check_train_args(v))] = (
@@ -236,59 +149,3 @@ def _prompts(value: Any) -> Any:
         return value
     text = Path(value).read_text("utf-8") if "\n" not in value and len(value) < 255 and Path(value).is_file() else value
     return tuple(line.strip() for line in text.splitlines() if line.strip())
-
-
-class KeepSettings(Section):
-    title = "Keeping"
-
-    output_uri: Annotated[str, AfterValidator(_check_output_uri), NEUTRAL] = "runs"
-    """Where runs are kept: a folder (a mounted volume on a rented machine) or `s3://bucket/prefix`."""
-    run_id: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"), NEUTRAL] = None
-    """Name of the run; by default `<model>-<fingerprint>`, so the same settings continue the same run."""
-    save_interval: Annotated[PositiveFloat, NEUTRAL] = 300.0
-    """Seconds between checkpoints; what a lost machine costs at most."""
-    save_steps: Annotated[PositiveInt | None, NEUTRAL] = None
-    """Save every this many optimizer steps instead."""
-    save_total_limit: Annotated[PositiveInt, NEUTRAL] = 3
-    """Checkpoints kept, the newest ones."""
-    grace_seconds: Annotated[PositiveFloat, NEUTRAL] = 30.0
-    """How long a stopping trainer may take to save before it is killed; keep below the machine's own limit."""
-    work_dir: Annotated[Path, NEUTRAL] = Path("~/.cache/qlora-job")
-    """Fast local disk for converted models and for checkpoints on their way to OUTPUT_URI."""
-
-
-class BudgetSettings(Section):
-    title = "Budget"
-
-    gpu_hourly_rate: Annotated[PositiveFloat | None, NEUTRAL] = None
-    """What the machine costs in US dollars an hour; the report says "unknown" without it, never 0."""
-
-
-class PublishSettings(Section):
-    title = "Publishing"
-
-    hub_model_id: Annotated[str | None, Field(pattern=r"^[\w.-]+/[\w.-]+$"), NEUTRAL] = None
-    """Hub repository (owner/name) that gets the adapter; without it the adapter stays in the store."""
-    hub_private_repo: Annotated[bool, NEUTRAL] = True
-    """Create the repository private; an existing one keeps its visibility."""
-    hub_revision: Annotated[str, NEUTRAL] = "main"
-    """Branch that is pushed to."""
-
-
-class Secrets(Section):
-    """Credentials. Each may also be given as the name of a file that holds it: `HF_TOKEN_FILE=/run/secrets/hf`."""
-
-    title = "Secrets"
-
-    hf_token: Annotated[SecretStr | None, NEUTRAL] = None
-    """Hugging Face token: gated models and data sets, and publishing (needs write permission)."""
-    aws_access_key_id: Annotated[SecretStr | None, NEUTRAL] = None
-    """Key for `s3://` (any S3 service; name its address in AWS_ENDPOINT_URL_S3)."""
-    aws_secret_access_key: Annotated[SecretStr | None, NEUTRAL] = None
-    """Secret of that key."""
-    aws_session_token: Annotated[SecretStr | None, NEUTRAL] = None
-    """Session token of temporary AWS credentials."""
-    runpod_api_key: Annotated[SecretStr | None, NEUTRAL] = None
-    """RunPod key; kept from every child process."""
-    wandb_api_key: Annotated[SecretStr | None, NEUTRAL] = None
-    """Weights & Biases key; reaches the trainer only when TRAIN_ARGS reports there."""
