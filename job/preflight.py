@@ -4,10 +4,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from job.data.language import Languages
 from job.deliver.publish import ensure_repo
 from job.errors import JobError, MachineError, NetworkError, Problem, SettingsError
-from job.keep.store import Store, read_text, write_text
+from job.keep.store import MissingError, Store, read_text, write_text
 from job.settings import Settings
+
+WRITE = "write (s3:PutObject)"
 
 
 def check_everything(settings: Settings, store: Store, scratch: Path) -> list[tuple[str, JobError | None]]:
@@ -16,6 +19,8 @@ def check_everything(settings: Settings, store: Store, scratch: Path) -> list[tu
         "local disk": lambda: _check_work_dir(scratch),
         "store": lambda: check_store(store, scratch),
     }
+    if settings.data.language:
+        checks["languages"] = lambda: _check_languages(settings)
     if settings.publish.hub_model_id:
         token = settings.secrets.hf_token
         checks["Hub repository"] = lambda: ensure_repo(settings.publish, token.get_secret_value() if token else None)
@@ -32,20 +37,50 @@ def check_everything(settings: Settings, store: Store, scratch: Path) -> list[tu
 
 
 def check_store(store: Store, scratch: Path) -> None:
-    """Write, read and delete a small file.
+    """Write, read, list and delete a small file, and judge each.
 
     Raises:
-        SettingsError: the credentials lack one of the three rights.
+        SettingsError: names every right that the credentials lack, or says once what is wrong with all of them.
         NetworkError: the store does not answer.
-        MachineError: its disk is full or read-only, or it forgets what was written.
+        MachineError: its disk is full or read-only, this machine's clock is wrong, or it forgets what was written.
     """
-    name, text = f".preflight-{os.getpid()}", "may be deleted"
-    write_text(store, name, text, scratch)
+    name, text = ".preflight", f"may be deleted ({os.getpid()})"
+    checks: dict[str, Callable[[], object]] = {
+        WRITE: lambda: write_text(store, name, text, scratch),
+        "read (s3:GetObject)": lambda: _expect(store, _text_of(store, name, scratch) == text),
+        "list (s3:ListBucket)": lambda: _expect(store, name in store.list(name)),
+        "delete (s3:DeleteObject)": lambda: store.delete(name),
+    }
+    refused: dict[str, SettingsError] = {}
+    for right, check in checks.items():
+        try:
+            check()
+        except SettingsError as error:
+            refused[right] = error
+        except MachineError:
+            if WRITE not in refused:  # else nothing is there to be read or listed
+                raise
+    if len(refused) == len(checks):  # the key, the bucket or the region, and no single right
+        raise next(iter(refused.values()))
+    if refused:
+        way_out = "give the credentials this right, or others to the job; a run needs all four"
+        problems = [
+            Problem(setting="OUTPUT_URI", value=store.uri, rule=f"the credentials may not {right}", way_out=way_out)
+            for right in refused
+        ]
+        raise SettingsError(problems) from next(iter(refused.values()))
+
+
+def _expect(store: Store, is_kept: bool) -> None:
+    if not is_kept:
+        raise MachineError(f"OUTPUT_URI={store.uri}: what was written is not what is read back; use another store")
+
+
+def _text_of(store: Store, name: str, scratch: Path) -> str | None:
     try:
-        if read_text(store, name, scratch) != text:
-            raise MachineError(f"OUTPUT_URI={store.uri}: what was written is not what is read back; use another store")
-    finally:
-        store.delete(name)
+        return read_text(store, name, scratch)
+    except (MissingError, UnicodeDecodeError):
+        return None
 
 
 def raise_first(results: list[tuple[str, JobError | None]]) -> None:
@@ -56,6 +91,10 @@ def raise_first(results: list[tuple[str, JobError | None]]) -> None:
         raise SettingsError(problems)
     for error in sorted(errors, key=lambda error: isinstance(error, NetworkError)):
         raise error
+
+
+def _check_languages(settings: Settings) -> None:
+    Languages(settings.data)  # refuses what its detector does not know
 
 
 def _check_work_dir(scratch: Path) -> None:

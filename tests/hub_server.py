@@ -36,6 +36,7 @@ class Request(NamedTuple):  # a line of the log, written before the answer is se
     path: str  # as sent: quoted, with the query
     status: int  # 0: the connection was closed in the middle of the answer
     has_authorization: bool
+    num_bytes: int = 0  # of the body that was sent
 
 
 class Commit(NamedTuple):
@@ -150,8 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
                 status, body, headers = fault[2] if fault and fault[2] else self._answer()
             except Refusal as refusal:
                 status, body, headers = refusal.answer
-            logged = Request(self.command, self.path, 0 if reset else status, "Authorization" in self.headers)
-            self.hub.requests.append(logged)
+            num_bytes = 0 if self.command == "HEAD" else len(body) // 2 if reset else len(body)
+            facts = (0 if reset else status, "Authorization" in self.headers, num_bytes)
+            self.hub.requests.append(Request(self.command, self.path, *facts))
         lines = "".join(f"{k}: {v}\r\n" for k, v in {"Content-Length": str(len(body)), **headers}.items())
         raw = f"HTTP/1.1 {status} -\r\n{lines}\r\n".encode() + (b"" if self.command == "HEAD" else body)
         self.wfile.write(raw[: len(raw) // 2] if reset else raw)

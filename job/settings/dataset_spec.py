@@ -1,15 +1,15 @@
 """One entry of `DATASETS`: text of the form `where[?option=value&...]` in, a frozen `DatasetSpec` out.
 
-Nothing is opened here beyond asking whether a local path exists.
+Nothing is opened here: local paths are only asked whether they exist, and folders and patterns what they hold.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 from urllib.parse import parse_qsl, urlencode
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -24,22 +24,50 @@ COLUMN_ROLES = (
     "completion",
     "system",
     "text",
+    "history",
+    "tools",
 )
 """Roles that a column can be given: `prompt=input&completion=solution`."""
 
-FORMATS = ("jsonl", "json", "csv", "parquet", "txt")
+FORMATS = ("jsonl", "json", "csv", "tsv", "parquet", "arrow", "txt")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_ALIASES = {"ndjson": "jsonl", "jsonlines": "jsonl", "text": "txt"}
+_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+"""What the `datasets` library writes beside its data."""
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_SPLIT = re.compile(r"^([^\[\]+]*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?$")
 
 
 class Where(StrEnum):
     """The kinds of place that a data set can lie in."""
 
     HUB = "Hub data set"
-    LOCAL = "local file"
-    PACKAGE = "file inside an installed package"
+    LOCAL = "local file or folder"
+    PACKAGE = "file or folder inside an installed package"
     S3 = "S3 object"
     HTTP = "web address"
+
+
+class SplitPart(NamedTuple):
+    """One term of a split: `train[10%:-5]`; bounds as in Python, None where open, with their `%`."""
+
+    name: str
+    start: str | None = None
+    stop: str | None = None
+
+
+def parse_split(text: str) -> tuple[SplitPart, ...]:
+    """Read `name`, `name[start:stop]`, `[start:stop]` (of train) or several of them joined by `+`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    parts = []
+    for term in re.split(r"[+\s]+", text.strip()):  # a plus sign in an option reads as a blank
+        if not (match := _SPLIT.match(term)):
+            raise ValueError(f"{term!r} is no split; write name, name[start:stop] or name[:10%]")
+        parts.append(SplitPart(match[1] or "train", match[2], match[3]))
+    return tuple(parts)
 
 
 def split_list(text: str) -> list[str]:
@@ -54,23 +82,54 @@ def data_suffixes(where: str) -> tuple[str | None, str | None]:
     if compression:
         path = path.with_suffix("")
     suffix = path.suffix.lower().lstrip(".")
+    suffix = _ALIASES.get(suffix, suffix)
     return (suffix if suffix in FORMATS else None), compression
 
 
 def package_file(where: str) -> Path:
-    """The file that `pkg:package/path` names.
+    """The file or folder that `pkg:package/path` names.
 
     Raises:
         FileNotFoundError: the package is not installed, or has no such file.
     """
+    path = _package_path(where)
+    if not path.exists():
+        package, _, inside = where.removeprefix("pkg:").partition("/")
+        raise FileNotFoundError(f"package {package!r} has no file {inside!r}")
+    return path
+
+
+def _package_path(where: str) -> Path:
     package, _, inside = where.removeprefix("pkg:").partition("/")
     spec = find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"no package {package!r} is installed")
-    path = Path(next(iter(spec.submodule_search_locations))) / inside
-    if not path.exists():
-        raise FileNotFoundError(f"package {package!r} has no file {inside!r}")
-    return path
+    return Path(next(iter(spec.submodule_search_locations))) / inside
+
+
+def is_pattern(where: str) -> bool:
+    """Whether a path is a pattern such as `data/*.jsonl`; a question mark begins the options, so it is none."""
+    return "*" in where
+
+
+def _match_pattern(path: Path) -> tuple[Path, Iterator[Path]]:
+    """The folder before the first part with a star, and what the rest matches below it."""
+    first = next(index for index, part in enumerate(path.parts) if "*" in part)
+    root = Path(*path.parts[:first])
+    return root, root.glob(str(Path(*path.parts[first:])))
+
+
+def pick_data_files(names: Iterable[str], file_format: str | None) -> list[str]:
+    """Of the names in a folder, those of data files, sorted.
+
+    With a format given, those of that format; if no name says it, those whose names say no format at all.
+    """
+    shown = [n for n in names if not any(part.startswith(".") for part in n.split("/")) and Path(n).name not in _NOT_DATA]
+    promised = {name: data_suffixes(name)[0] for name in sorted(shown)}
+    if file_format is None:
+        return [name for name, promise in promised.items() if promise]
+    chosen = [name for name, promise in promised.items() if promise == file_format]
+    return chosen or [name for name, promise in promised.items() if promise is None]
 
 
 class DatasetSpec(BaseModel):
@@ -81,10 +140,13 @@ class DatasetSpec(BaseModel):
     where: str
     config: str | None = None
     split: str = "train"
+    """`train`, `train[:1000]`, `train[10%:20%]`, `train+test`; files and folders only have `train`."""
     revision: str | None = None
     limit: PositiveInt | None = None
     """Rows read at most, from the start."""
-    format: Literal["jsonl", "json", "csv", "parquet", "txt"] | None = None
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Share of this set beside the others when they are mixed; 1 = as it is."""
+    format: Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "txt"] | None = None
     """Only needed when the name does not say it."""
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """What one row of a text file is, in the words of the `datasets` library."""
@@ -120,6 +182,7 @@ class DatasetSpec(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{where}: option {first['loc'][0]}={first['input']}: {first['msg']}") from None
+        spec._check_split()
         spec._check_exists()
         return spec
 
@@ -131,32 +194,57 @@ class DatasetSpec(BaseModel):
             return Where.S3
         if self.where.startswith(("https://", "http://")):
             return Where.HTTP
-        looks_like_a_path = self.where.startswith((".", "/", "~")) or any(data_suffixes(self.where))
+        looks_like_a_path = self.where.startswith((".", "/", "~")) or any(data_suffixes(self.where)) or is_pattern(self.where)
         if looks_like_a_path or Path(self.where).exists():
             return Where.LOCAL
         return Where.HUB
 
     @property
     def local_path(self) -> Path:
-        """The file of a local or packaged data set."""
-        return package_file(self.where) if self.kind is Where.PACKAGE else Path(self.where).expanduser()
+        """The file, folder or pattern of a local or packaged data set."""
+        return _package_path(self.where) if self.kind is Where.PACKAGE else Path(self.where).expanduser()
+
+    def local_files(self) -> dict[str, Path]:
+        """The data files of a local or packaged data set by their names below its folder, sorted; may be empty."""
+        path = self.local_path
+        if path.is_file():
+            return {path.name: path}
+        root, found = _match_pattern(path) if is_pattern(str(path)) else (path, path.rglob("*"))
+        names = {file.relative_to(root).as_posix(): file for file in found if file.is_file()}
+        return {name: names[name] for name in pick_data_files(names, self.format)}
+
+    def _check_split(self) -> None:
+        try:
+            parts = parse_split(self.split)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: option split={self.split}: {error}") from None
+        if self.kind is not Where.HUB and any(part.name != "train" for part in parts):
+            raise ValueError(f"{self.where}: option split={self.split}: only Hub data sets have splits (train[:1000] may cut)")
 
     def _check_exists(self) -> None:
-        if self.kind is Where.PACKAGE:
-            try:
-                path = package_file(self.where)
-            except FileNotFoundError as error:
-                raise ValueError(f"{self.where}: {error}") from None
-            if not path.is_file():
-                raise ValueError(f"{self.where}: is a folder, and a data set is one file")
-        elif self.kind is Where.LOCAL and not self.local_path.is_file():
-            what = "is a folder, and a data set is one file" if self.local_path.is_dir() else "no such file"
-            raise ValueError(f"{self.where}: {what} (looked in {Path.cwd()})")
-        elif self.kind is Where.HUB and not _HUB_ID.match(self.where):
-            raise ValueError(f"{self.where} is neither a file nor a Hub id (name or owner/name)")
-        readable_by_name = self.kind is Where.HUB or self.format or data_suffixes(self.where.partition("?")[0])[0]
-        if not readable_by_name:
+        if self.kind is Where.HUB:
+            if not _HUB_ID.match(self.where):
+                raise ValueError(f"{self.where} is neither a file nor a Hub id (name or owner/name)")
+            return
+        holds_many = self.kind is Where.S3 and (self.where.count("/") == 2 or self.where.endswith("/"))
+        holds_many |= is_pattern(self.where)
+        if self.kind in (Where.LOCAL, Where.PACKAGE):
+            path = self._existing_path()
+            holds_many |= path.is_dir()
+        if not holds_many and not self.format and not data_suffixes(self.where.partition("?")[0])[0]:
             raise ValueError(f"{self.where}: the name does not say the format (add ?format= one of {', '.join(FORMATS)})")
+
+    def _existing_path(self) -> Path:
+        try:
+            path = self.local_path
+            found = any(_match_pattern(path)[1]) if is_pattern(str(path)) else path.exists()
+            if not found and self.kind is Where.PACKAGE:
+                package_file(self.where)
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.where}: {error}") from None
+        if not found:
+            raise ValueError(f"{self.where}: no such file (looked in {Path.cwd()})")
+        return path
 
     def __str__(self) -> str:
         default = DatasetSpec(where=self.where, columns={})

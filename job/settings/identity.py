@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from job.settings.chat_template import find_template
 from job.settings.dataset_spec import DatasetSpec, Where, data_suffixes, package_file
 from job.settings.read import Settings, sections
 from job.settings.section import NEUTRAL, Section
@@ -21,11 +22,10 @@ def result_fingerprint(settings: Settings) -> str:
     identity: dict[str, Any] = {}
     for name, _ in sections():
         identity |= _section_identity(getattr(settings, name))
-    identity["chat_template"] = _text(Path(settings.model.chat_template)) if settings.model.chat_template else None
     identity["model_id"] = _model_identity(settings.model.model_id)
     identity["datasets"] = [data_identity(spec) for spec in settings.data.datasets]
-    if settings.model.chat_template:
-        identity["chat_template"] = _text(Path(settings.model.chat_template))
+    identity["eval_datasets"] = [data_identity(spec) for spec in settings.data.eval_datasets]
+    identity["chat_template"] = _template(settings)
     if settings.train.gradient_accumulation_steps:  # then the micro-batch decides the effective batch
         identity["per_device_train_batch_size"] = settings.train.per_device_train_batch_size
     return _digest(identity)
@@ -37,7 +37,8 @@ def data_fingerprint(settings: Settings) -> str:
         "datasets": [data_identity(spec) for spec in settings.data.datasets],
         "model_id": _model_identity(settings.model.model_id),
         "model_revision": settings.model.model_revision,
-        "chat_template": _text(Path(settings.model.chat_template)) if settings.model.chat_template else None,
+        "eval_datasets": [data_identity(spec) for spec in settings.data.eval_datasets],
+        "chat_template": _template(settings),
         "seed": settings.train.seed,
     }
     return _digest(identity)[:16]
@@ -51,13 +52,18 @@ def default_run_id(settings: Settings) -> str:
 
 
 def data_identity(spec: DatasetSpec) -> str:
-    """What identifies a data set: the content of a file, the address of everything else, and how it is read."""
+    """What identifies a data set: the content of files, the address of everything else, and how it is read."""
     options = str(spec).removeprefix(spec.where)
-    if spec.kind in (Where.LOCAL, Where.PACKAGE):
-        with spec.local_path.open("rb") as file:
-            kind, _ = data_suffixes(spec.where)
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}.{kind}{options}"
-    return str(spec)
+    if spec.kind not in (Where.LOCAL, Where.PACKAGE):
+        return str(spec)
+    digests = {}
+    for name, path in spec.local_files().items():
+        with path.open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if spec.local_path.is_file():
+        kind, _ = data_suffixes(spec.where)
+        return f"sha256:{next(iter(digests.values()))}.{kind}{options}"
+    return f"sha256:{_digest(digests)}{options}"
 
 
 def is_hub_id(model_id: str) -> bool:
@@ -78,6 +84,10 @@ def _model_identity(model_id: str) -> str:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     sizes = [f"{file.name} {file.stat().st_size}" for file in files if file.is_file()]
     return _digest([sizes, _text(path / "config.json")])
+
+
+def _template(settings: Settings) -> str | None:
+    return find_template(settings.model.chat_template) if settings.model.chat_template else None
 
 
 def _text(path: Path) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from job.settings.chat_template import find_template
 from job.settings.dataset_spec import package_file
 from job.settings.section import NEUTRAL, Section, Texts
 from job.settings.train_args import check_train_args
@@ -18,6 +19,12 @@ def _parse_json_object(value: Any) -> Any:
     if not isinstance(parsed, dict):
         raise ValueError("must be a JSON object")
     return parsed
+
+
+def _check_template(value: str | None) -> str | None:
+    if value is not None:
+        find_template(value)
+    return value
 
 
 def _check_model_exists(value: str) -> str:
@@ -49,7 +56,7 @@ class ModelSettings(Section):
     """Number format of computation; auto: bfloat16 where the GPU has it, else float16; float32 on a CPU."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel; flash_attention_2 needs its package and a GPU of 2020 or newer."""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, AfterValidator(lambda v: _check_template(v))] = None
     """Instead of the tokenizer's own template: a Jinja file, or a family that TRL ships (`qwen3`, `gemma3`, ...) or `chatml`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; leave off unless you have read that code."""
@@ -58,8 +65,6 @@ class ModelSettings(Section):
     def _one_quantisation(self) -> "ModelSettings":
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("LOAD_IN_8BIT=1: weights load in 4 or in 8 bits, not both; set LOAD_IN_4BIT=0")
-        if self.chat_template and not Path(self.chat_template).is_file():
-            raise ValueError(f"CHAT_TEMPLATE={self.chat_template}: no such file; name a Jinja file or leave it out")
         return self
 
 
@@ -121,6 +126,15 @@ class TrainSettings(Section):
         Field(default_factory=dict)
     )
     """Any other field of TRL's SFTConfig, as a JSON object."""
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> "TrainSettings":
+        if self.early_stopping_patience is not None and self.eval_steps is None:
+            raise ValueError(
+                f"EARLY_STOPPING_PATIENCE={self.early_stopping_patience}: counts evaluations, and without EVAL_STEPS there is "
+                "none on the way; set EVAL_STEPS"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "TrainSettings":

@@ -1,22 +1,18 @@
-"""Rows in, labelled tokens out: every sample's planted faults are found, and only what the assistant says is learned."""
+"""The whole of preparation on real files: nothing unaccounted for, the same bytes whatever happened on the way."""
 
-import csv
-import gzip
 import hashlib
-import io
 import json
-import threading
+import multiprocessing
+import os
+import signal
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-import zstandard
 from datasets import load_from_disk
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -24,12 +20,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from job.data.messages import Example, Message, Reason
-from job.data.prepare import Tally, load_tally, prepare, set_default_template
-from job.data.sources import open_rows
-from job.data.tokens import CHATML, IGNORED, Labeller
+from job.data.prepare import prepare
+from job.data.reasons import Reason
+from job.data.tally import Tally, load_tally
+from job.data.templates import set_template
+from job.data.tokens import IGNORED
 from job.errors import DataError
-from job.settings import DatasetSpec, DataSettings
+from job.settings import DataSettings
 
 END = "<|im_end|>"
 TEXTS = [
@@ -46,7 +43,7 @@ FORGETFUL = (
 )
 
 
-def build_tokenizer(*, template: str | None = CHATML, trim_offsets: bool = False) -> Any:
+def build_tokenizer(*, template: str | None = None, trim_offsets: bool = False) -> Any:
     """A real byte-level BPE tokenizer, trained on a few lines."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -62,6 +59,7 @@ def build_tokenizer(*, template: str | None = CHATML, trim_offsets: bool = False
     bpe.train_from_iterator(TEXTS * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END)
     tokenizer.chat_template = template
+    set_template(tokenizer, None)
     return tokenizer
 
 
@@ -69,7 +67,8 @@ TOKENIZER = build_tokenizer()
 
 
 def prepare_in(folder: Path, *datasets: str | Path, tokenizer: Any = TOKENIZER, seed: int = 42, **changes: Any) -> Tally:
-    settings = DataSettings.model_validate({"datasets": "\n".join(map(str, datasets)), "min_samples": 1} | changes)
+    defaults = {"datasets": "\n".join(map(str, datasets)), "min_samples": 1, "dataset_num_proc": 1}
+    settings = DataSettings.model_validate(defaults | changes)
     return prepare(settings, tokenizer, folder=folder, cache_dir=folder / "cache", seed=seed)
 
 
@@ -89,35 +88,6 @@ def learned_texts(piece: Mapping[str, Sequence[int]]) -> list[str]:
             assert label == token
             texts[-1].append(token)
     return [TOKENIZER.decode(ids, skip_special_tokens=False) for ids in texts if ids]
-
-
-def decoded(piece: Mapping[str, Sequence[int]]) -> str:
-    return str(TOKENIZER.decode(piece["input_ids"], skip_special_tokens=False))
-
-
-def chat(*contents: str, system: str | None = None) -> Example:
-    """User and assistant in turn."""
-    first = (Message(role="system", content=system),) if system is not None else ()
-    turns = (Message(role=("user", "assistant")[index % 2], content=text) for index, text in enumerate(contents))
-    return Example(messages=(*first, *turns), text="", source="here", row=0)
-
-
-def raw(text: str) -> Example:
-    return Example(messages=(), text=text, source="here", row=0)
-
-
-def label(example: Example, tokenizer: Any = TOKENIZER, **changes: Any) -> list[dict[str, list[int]]] | Reason:
-    limits: dict[str, Any] = {"learn": "assistant", "min_tokens": 1, "max_length": 10_000, "overlong": "drop"} | changes
-    pieces = Labeller(tokenizer, **limits).label(example)
-    if isinstance(pieces, Reason):
-        return pieces
-    return [{"input_ids": piece.input_ids, "labels": piece.labels} for piece in pieces]
-
-
-def pieces_of(example: Example, tokenizer: Any = TOKENIZER, **changes: Any) -> list[dict[str, list[int]]]:
-    pieces = label(example, tokenizer, **changes)
-    assert not isinstance(pieces, Reason)
-    return pieces
 
 
 def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
@@ -141,11 +111,19 @@ def many_pairs(count: int) -> list[dict[str, str]]:
 # The samples
 
 PLANTED = {
-    "messages.jsonl": (137, 120, {"duplicate": 6, "empty_reply": 3, "too_long": 2, "wrong_language": 4, "no_reply": 2}),
-    "sharegpt.jsonl": (93, 80, {"duplicate": 4, "empty_reply": 3, "too_long": 2, "wrong_language": 3, "no_reply": 1}),
+    "messages.jsonl": (
+        137,
+        120,
+        {"duplicate": 6, "empty_reply": 3, "too_long": 1, "wrong_language": 4, "no_reply": 2, "repetitive": 1},
+    ),
+    "sharegpt.jsonl": (
+        93,
+        80,
+        {"duplicate": 4, "empty_reply": 3, "too_long": 1, "wrong_language": 3, "no_reply": 1, "repetitive": 1},
+    ),
     "alpaca.json": (67, 60, {"duplicate": 3, "empty_reply": 2, "wrong_language": 2}),
     "code.csv": (44, 40, {"duplicate": 2, "empty_reply": 2}),
-    "text.txt": (33, 30, {"too_long": 1, "wrong_language": 2}),
+    "text.txt": (33, 30, {"repetitive": 1, "wrong_language": 2}),
 }
 SAMPLES = [f"pkg:job/samples/{name}" for name in PLANTED]
 
@@ -166,7 +144,7 @@ def test_a_sample_loses_exactly_its_planted_faults(samples: Path, name: str) -> 
 
 def test_the_readme_of_the_samples_says_what_is_counted_here() -> None:
     readme = (Path(__file__).parent.parent / "job" / "samples" / "README.md").read_text("utf-8")
-    reasons = ("duplicate", "empty_reply", "too_long", "wrong_language", "no_reply")
+    reasons = ("duplicate", "empty_reply", "too_long", "wrong_language", "no_reply", "repetitive")
     for name, (num_rows, num_kept, dropped) in PLANTED.items():
         cells = next(line for line in readme.splitlines() if line.startswith(f"| `{name}`")).split("|")[3:-1]
         assert [int(cell) for cell in cells] == [num_rows, num_kept, *(dropped.get(reason, 0) for reason in reasons)]
@@ -240,7 +218,7 @@ def files(draw: st.DrawFn) -> tuple[str, list[str]]:
             "overlong": st.just("truncate"),
             "dedup": st.just("off"),
         },
-    ),
+    ).map(lambda changes: changes | {"max_unlearned": 1}),
 )
 @hypothesis_settings(max_examples=80, deadline=None)
 def test_every_row_is_kept_or_dropped_for_one_reason(file: tuple[str, list[str]], changes: dict[str, Any]) -> None:
@@ -277,12 +255,15 @@ def test_every_row_is_kept_or_dropped_for_one_reason(file: tuple[str, list[str]]
     [
         ({"messages": None}, "malformed"),
         ({"messages": []}, "malformed"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "malformed"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "malformed"),
         ({"messages": [{"role": "assistant", "content": 3}]}, "malformed"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no_reply"),
         ({"messages": [{"role": "assistant", "content": " \n"}]}, "empty_reply"),
         (GOOD["messages"], "duplicate"),
-        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y " * 400}]}, "too_long"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " ".join(map(str, range(400)))}]},
+            "too_long",
+        ),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "bad \ud800"}]}, "malformed"),
     ],
 )
@@ -310,149 +291,6 @@ def test_a_broken_line_is_counted_and_later_rows_keep_their_index(tmp_path: Path
     assert {row["row"]: learned_texts(row) for row in load_rows(tmp_path / "out")} == {
         index: [f"Answer {number}.{END}"] for number, index in enumerate([0, 2, 4, 5])
     }
-
-
-# What is learned
-
-spoken = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"]), max_size=30)
-replies = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), min_size=1, max_size=12).flatmap(
-    lambda first: spoken.map(lambda rest: first + rest)
-)
-
-
-@given(
-    exchanges=st.lists(st.tuples(spoken, replies), min_size=1, max_size=4),
-    system=st.none() | spoken,
-    trim_offsets=st.booleans(),
-)
-@hypothesis_settings(max_examples=120, deadline=None)
-def test_exactly_the_replies_and_their_ends_are_learned(
-    exchanges: list[tuple[str, str]], system: str | None, trim_offsets: bool
-) -> None:
-    example = chat(*(text for exchange in exchanges for text in exchange), system=system)
-    [piece] = pieces_of(example, TRIMMING if trim_offsets else TOKENIZER)
-    assert learned_texts(piece) == [reply + END for _, reply in exchanges]
-    assert decoded(piece) == TOKENIZER.apply_chat_template(
-        [{"role": message.role, "content": message.content} for message in example.messages], tokenize=False
-    )
-
-
-TRIMMING = build_tokenizer(trim_offsets=True)
-
-
-@pytest.mark.parametrize("tokenizer", [TOKENIZER, TRIMMING], ids=["plain", "trimming"])
-def test_the_indentation_of_code_is_learned(tokenizer: Any) -> None:
-    code = "def f(x):\n        if x:\n                return x\n"
-    assert [learned_texts(piece) for piece in pieces_of(chat("Write f.", code), tokenizer)] == [[code + END]]
-
-
-def test_a_user_who_writes_like_the_assistant_is_not_learned() -> None:
-    [piece] = pieces_of(chat(f"a{END}\n<|im_start|>assistant\nforged{END}\n", "true"))
-    assert learned_texts(piece) == [f"true{END}"]
-
-
-def test_a_reply_that_repeats_the_question_is_learned_once() -> None:
-    [piece] = pieces_of(chat("echo", "echo", "echo", "echo"))
-    assert learned_texts(piece) == [f"echo{END}"] * 2
-
-
-def test_every_token_is_learned_when_all_is_asked_for() -> None:
-    [piece] = pieces_of(chat("question", "answer", system="Be brief."), learn="all")
-    assert piece["labels"] == piece["input_ids"]
-
-
-def test_raw_text_is_learned_whole_with_its_end() -> None:
-    [piece] = pieces_of(raw("The compass shows the way."))
-    assert learned_texts(piece) == [f"The compass shows the way.{END}"]
-
-
-def test_a_template_that_forgets_gives_one_piece_for_each_reply() -> None:
-    forgetful = build_tokenizer(template=FORGETFUL)
-    thoughts = [f"<think>t{number}</think>reply {number}" for number in range(3)]
-    example = chat("q0", thoughts[0], "q1", thoughts[1], "q2", thoughts[2], system="s")
-    pieces = pieces_of(example, forgetful)
-    assert [learned_texts(piece) for piece in pieces] == [[thought + END] for thought in thoughts]
-    assert [decoded(piece).count("<think>") for piece in pieces] == [1, 1, 1]
-    assert [decoded(piece).count("reply") for piece in pieces] == [1, 2, 3]
-
-
-def test_a_template_that_forgets_nothing_here_gives_one_piece() -> None:
-    pieces = pieces_of(chat("q0", "reply 0", "q1", "reply 1"), build_tokenizer(template=FORGETFUL))
-    assert [learned_texts(piece) for piece in pieces] == [[f"reply 0{END}", f"reply 1{END}"]]
-
-
-def test_a_template_that_opens_a_reply_differently_for_generation_still_learns_the_reply() -> None:
-    opening = CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif")
-    assert opening != CHATML
-    [piece] = pieces_of(chat("q", "the reply"), build_tokenizer(template=opening))
-    assert learned_texts(piece) == [f"the reply{END}"]
-
-
-def test_a_template_that_changes_the_reply_beyond_recognition_is_refused() -> None:
-    shouting = CHATML.replace("message['content']", "message['content'] | upper").replace(
-        "<|im_start|>assistant", "<|im_start|>?"
-    )
-    with pytest.raises(DataError, match="CHAT_TEMPLATE"):
-        label(chat("q", "the reply"), build_tokenizer(template=shouting))
-
-
-def test_the_system_prompt_goes_before_conversations_that_have_none(tmp_path: Path) -> None:
-    own = {
-        "messages": [
-            {"role": "system", "content": "own"},
-            *GOOD["messages"]["messages"][:1],
-            {"role": "assistant", "content": "b"},
-        ]
-    }
-    path = write_jsonl(tmp_path / "rows.jsonl", [GOOD["messages"], own])
-    prepare_in(tmp_path / "out", path, system_prompt="Be brief.", eval_fraction=0)
-    first, second = load_rows(tmp_path / "out")
-    assert decoded(first).startswith(f"<|im_start|>system\nBe brief.{END}\n<|im_start|>user\n")
-    assert decoded(second).startswith(f"<|im_start|>system\nown{END}\n<|im_start|>user\n")
-    assert "Be brief." not in decoded(second)
-    assert learned_texts(first) == [f"a first good reply{END}"]
-
-
-def test_the_columns_system_and_input_become_part_of_the_conversation(tmp_path: Path) -> None:
-    row = {"instruction": "Translate.", "input": "pusula", "output": "compass", "system": "Be brief."}
-    prepare_in(tmp_path / "out", write_jsonl(tmp_path / "rows.jsonl", [row]))
-    [piece] = load_rows(tmp_path / "out")
-    assert decoded(piece) == (
-        f"<|im_start|>system\nBe brief.{END}\n<|im_start|>user\nTranslate.\n\npusula{END}\n<|im_start|>assistant\ncompass{END}\n"
-    )
-
-
-def test_a_tokenizer_without_a_template_gets_chatml_and_a_template_file_wins(tmp_path: Path) -> None:
-    bare, own = build_tokenizer(template=None), build_tokenizer(template=FORGETFUL)
-    set_default_template(bare, None)
-    set_default_template(own, None)
-    assert (bare.chat_template, own.chat_template) == (CHATML, FORGETFUL)
-    (tmp_path / "mine.jinja").write_text("mine", "utf-8")
-    set_default_template(own, str(tmp_path / "mine.jinja"))
-    assert own.chat_template == "mine"
-
-
-# Too long
-
-
-def test_an_overlong_example_is_cut_when_that_is_asked_for_and_dropped_otherwise() -> None:
-    example = chat("q", "word " * 50)
-    [whole] = pieces_of(example)
-    limit = len(whole["input_ids"]) - 1
-    assert label(example, max_length=limit) is Reason.TOO_LONG
-    assert pieces_of(example, max_length=limit + 1) == [whole]
-    [cut] = pieces_of(example, max_length=limit, overlong="truncate")
-    assert cut == {name: ids[:limit] for name, ids in whole.items()}
-
-
-def test_a_cut_that_leaves_no_reply_leaves_nothing_to_learn() -> None:
-    example = chat("word " * 50, "reply")
-    assert label(example, max_length=20, overlong="truncate") is Reason.NOTHING_TO_LEARN
-    assert label(example, max_length=20, overlong="truncate", learn="all") is not Reason.NOTHING_TO_LEARN
-
-
-def test_a_single_token_is_nothing_to_learn_because_nothing_predicts_it() -> None:
-    assert label(raw("")) is Reason.NOTHING_TO_LEARN
 
 
 # The held-out split
@@ -563,136 +401,6 @@ def test_a_limit_of_a_data_set_counts_its_rows(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-# Formats
-
-ROWS = [pair('Quote "this", please?', "A line,\nand another."), pair("Pusula nedir?", "Yön gösterir. 🧭"), *many_pairs(5)]
-
-
-def as_jsonl(rows: Sequence[Mapping[str, str]]) -> bytes:
-    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
-
-
-def as_csv(rows: Sequence[Mapping[str, str]]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def as_parquet(rows: Sequence[Mapping[str, str]]) -> bytes:
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), buffer)
-    return buffer.getvalue()
-
-
-FORMATS: dict[str, Callable[[Sequence[Mapping[str, str]]], bytes]] = {
-    "jsonl": as_jsonl,
-    "json": lambda rows: json.dumps(rows, indent=1).encode(),
-    "csv": as_csv,
-    "parquet": as_parquet,
-}
-PACKINGS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".zst": lambda data: zstandard.ZstdCompressor().compress(data),
-}
-
-
-def rows_of(path: Path | str) -> list[Any]:
-    return list(open_rows(DatasetSpec.parse(str(path)), Path("/nowhere")))
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
-def test_every_text_format_and_packing_holds_the_same_rows(tmp_path: Path, suffix: str, packing: str) -> None:
-    path = tmp_path / f"rows.{suffix}{packing}"
-    path.write_bytes(PACKINGS[packing](FORMATS[suffix](ROWS)))
-    assert rows_of(path) == ROWS
-
-
-def test_a_parquet_file_holds_the_same_rows(tmp_path: Path) -> None:
-    (tmp_path / "rows.parquet").write_bytes(as_parquet(ROWS))
-    assert rows_of(tmp_path / "rows.parquet") == ROWS
-
-
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_every_format_gives_the_same_training_set(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"rows.{suffix}"
-    path.write_bytes(FORMATS[suffix](ROWS))
-    prepare_in(tmp_path / "out", path, eval_fraction=0)
-    assert [learned_texts(row) for row in load_rows(tmp_path / "out")] == [[row["completion"] + END] for row in ROWS]
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
-def test_a_text_file_is_cut_into_lines_paragraphs_or_not_at_all(tmp_path: Path, packing: str, mark: bytes) -> None:
-    path = tmp_path / f"book.txt{packing}"
-    path.write_bytes(PACKINGS[packing](mark + "one\ntwo\n\n \nüç\n".encode()))
-    assert rows_of(path) == [{"text": "one"}, {"text": "two"}, {"text": "üç"}]
-    assert rows_of(f"{path}?sample_by=paragraph") == [{"text": "one\ntwo"}, {"text": "üç"}]
-    assert rows_of(f"{path}?sample_by=document") == [{"text": "one\ntwo\n\n \nüç\n"}]
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
-def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"rows.{suffix}"
-    path.write_bytes(b"\xef\xbb\xbf" + FORMATS[suffix](ROWS))
-    assert rows_of(path) == ROWS
-
-
-def test_json_lines_may_go_by_the_name_of_json(tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_bytes(as_jsonl(ROWS))
-    assert rows_of(tmp_path / "rows.json") == ROWS
-
-
-def test_a_format_option_reads_a_file_without_a_telling_name(tmp_path: Path) -> None:
-    (tmp_path / "rows").write_bytes(as_csv(ROWS))
-    assert rows_of(f"{tmp_path / 'rows'}?format=csv") == ROWS
-
-
-def test_a_zst_file_of_several_frames_is_read_to_its_end(tmp_path: Path) -> None:
-    frames = [PACKINGS[".zst"](as_jsonl(part) + b"\n") for part in (ROWS[:3], ROWS[3:])]
-    (tmp_path / "rows.jsonl.zst").write_bytes(b"".join(frames))
-    assert rows_of(tmp_path / "rows.jsonl.zst") == ROWS
-
-
-INCOMPRESSIBLE = b"".join(json.dumps({"text": hashlib.sha256(bytes([n])).hexdigest()}).encode() + b"\n" for n in range(200))
-
-
-@pytest.mark.parametrize("packing", [".gz", ".zst"])
-def test_a_truncated_file_is_an_error(tmp_path: Path, packing: str) -> None:
-    packed = PACKINGS[packing](INCOMPRESSIBLE)
-    path = tmp_path / f"rows.jsonl{packing}"
-    path.write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(DataError, match="cannot be read"):
-        prepare_in(tmp_path / "out", path)
-
-
-@pytest.mark.parametrize("packing", [".gz", ".zst"])
-def test_a_damaged_file_is_an_error(tmp_path: Path, packing: str) -> None:
-    packed = bytearray(PACKINGS[packing](INCOMPRESSIBLE))
-    packed[40:2000] = bytes(1960)
-    path = tmp_path / f"rows.jsonl{packing}"
-    path.write_bytes(packed)
-    with pytest.raises(DataError, match="cannot be read"):
-        prepare_in(tmp_path / "out", path)
-
-
-@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl.gz", "rows.jsonl.zst", "rows.json"])
-def test_a_file_that_is_not_what_its_name_says_is_an_error(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"[this is none of them")
-    with pytest.raises(DataError, match=f"DATASETS=.*{name}"):
-        prepare_in(tmp_path / "out", tmp_path / name)
-
-
-@pytest.mark.parametrize("text", ["", "\n\n", "{broken\n" * 60])
-def test_a_file_without_a_readable_row_is_an_error(tmp_path: Path, text: str) -> None:
-    (tmp_path / "rows.jsonl").write_text(text, "utf-8")
-    with pytest.raises(DataError, match=r"no row of the first 50 can be read"):
-        prepare_in(tmp_path / "out", tmp_path / "rows.jsonl")
-
-
 # Columns
 
 
@@ -716,91 +424,237 @@ def test_columns_of_no_known_shape_are_an_error_that_lists_them(tmp_path: Path) 
         prepare_in(tmp_path / "out", path)
 
 
-def test_a_csv_row_with_too_many_or_too_few_cells_is_dropped(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("prompt,completion\nq,an unquoted comma, and more\nr\nq,a\n", "utf-8")
-    assert prepare_in(tmp_path / "out", tmp_path / "rows.csv").sources[0].dropped == {"malformed": 1, "unreadable": 1}
-    (tmp_path / "other.csv").write_text("left,right\na,b,c\nd,e\n", "utf-8")
-    with pytest.raises(DataError, match="no known shape in the columns left, right"):
-        prepare_in(tmp_path / "out", tmp_path / "other.csv")
+# Several processes, and none of them at the end
 
 
-# Web addresses
-
-Answer = tuple[int, bytes]
-
-
-class CutShort(bytes):
-    """A body of which the server sends half before it hangs up."""
+def tree_digest(folder: Path) -> dict[str, str]:
+    """What every file of a prepared folder holds."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-class WebServer:
-    """Serves scripted answers, each address's last one for ever, and remembers what was asked."""
-
-    def __init__(self, answers: Mapping[str, Sequence[Answer]]) -> None:
-        left = {path: list(script) for path, script in answers.items()}
-        asked = self.asked = list[str]()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                asked.append(self.path)
-                script = left[self.path]
-                status, body = script.pop(0) if len(script) > 1 else script[0]
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body[: len(body) // 2] if isinstance(body, CutShort) else body)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+def numbered_rows(count: int) -> list[dict[str, Any]]:
+    """Rows that differ in many words, with some faulty ones and some duplicates among them."""
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        said = " ".join(f"word{number * 7 % (place + 60)}{place}" for place in range(12))
+        rows.append({"prompt": f"Say {number}.", "completion": "" if number % 41 == 0 else said})
+        if number % 53 == 0:
+            rows.append(rows[-1])
+    return rows
 
 
-@pytest.fixture
-def serve() -> Iterator[Callable[[Mapping[str, Sequence[Answer]]], WebServer]]:
-    servers: list[WebServer] = []
-
-    def start(answers: Mapping[str, Sequence[Answer]]) -> WebServer:
-        servers.append(WebServer(answers))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
-
-
-Serve = Callable[[Mapping[str, Sequence[Answer]]], WebServer]
+def test_one_process_and_two_give_the_same_bytes(tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "first.jsonl", numbered_rows(2600))
+    second = write_jsonl(tmp_path / "second.jsonl", [{"text": f"a line of text, number {number}"} for number in range(1500)])
+    digests = []
+    for num_processes in (1, 2):
+        out = tmp_path / str(num_processes)
+        tally = prepare_in(out, first, second, dataset_num_proc=num_processes, keep_dropped=True, dedup="near")
+        digests.append(tree_digest(out))
+    assert digests[0] == digests[1]
+    assert {"train/data-00000-of-00001.arrow", "train/state.json", "eval/state.json", "tally.json"} <= digests[0].keys()
+    assert tally.sources[0].num_rows == tally.sources[0].num_kept + sum(tally.sources[0].dropped.values()) == 2650
 
 
-def test_a_web_address_is_read_with_its_own_parameters_and_without_ours(tmp_path: Path, serve: Serve) -> None:
-    server = serve({"/rows.jsonl.gz?sig=a%2Fb": [(200, gzip.compress(as_jsonl(ROWS)))]})
-    tally = prepare_in(tmp_path / "out", f"{server.address}/rows.jsonl.gz?sig=a%2Fb&limit=3")
-    assert tally.sources[0].num_kept == 3
-    assert server.asked == ["/rows.jsonl.gz?sig=a%2Fb"]
-    assert not list(tmp_path.rglob("*.partial"))
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_kill_at_any_shard_changes_nothing_and_loses_only_what_was_begun(tmp_path: Path, num_processes: int) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", numbered_rows(6000))
+    prepare_in(tmp_path / "undisturbed", path)
+    out = tmp_path / "out"
+    for num_shards in (1, 3, 5):
+        process = multiprocessing.get_context("fork").Process(
+            target=prepare_in, args=(out, path), kwargs={"dataset_num_proc": num_processes}
+        )
+        process.start()
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("shards/*.arrow"))) < num_shards:
+            assert time.monotonic() < deadline and process.is_alive()
+            time.sleep(0.001)
+        workers = [int(child) for child in children_of(process.pid)]
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        assert all(gone(worker) for worker in workers), "a worker outlived its parent"
+    before = {shard: shard.stat().st_mtime_ns for shard in out.glob("shards/*.arrow")}
+    assert len(before) >= 5
+    made = multiprocessing.get_context("fork").Process(target=prepare_in, args=(out, path))
+    made.start()
+    reused = dict[Path, int]()
+    while made.is_alive():
+        for shard in before:
+            try:
+                reused[shard] = shard.stat().st_mtime_ns
+            except FileNotFoundError:
+                break
+    made.join()
+    assert reused == before, "a shard was made twice"
+    assert tree_digest(out) == tree_digest(tmp_path / "undisturbed")
 
 
-def test_a_busy_server_is_asked_again(tmp_path: Path, serve: Serve) -> None:
-    server = serve({"/rows.csv": [(503, b"busy"), (200, as_csv(ROWS))]})
-    assert prepare_in(tmp_path / "out", f"{server.address}/rows.csv").sources[0].num_kept == len(ROWS)
-    assert len(server.asked) == 2
+def children_of(pid: int | None) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def test_a_download_that_breaks_off_is_started_again(tmp_path: Path, serve: Serve) -> None:
-    server = serve({"/rows.csv": [(200, CutShort(as_csv(ROWS))), (200, as_csv(ROWS))]})
-    assert prepare_in(tmp_path / "out", f"{server.address}/rows.csv").sources[0].num_kept == len(ROWS)
-    assert len(server.asked) == 2
+def gone(pid: int) -> bool:
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists():
+        try:
+            if ") Z " in Path(f"/proc/{pid}/stat").read_text():
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
-def test_a_missing_address_is_an_error_that_is_not_tried_again(tmp_path: Path, serve: Serve) -> None:
-    server = serve({"/rows.csv": [(404, b"gone")]})
-    with pytest.raises(DataError, match="the server answered 404; check the address"):
-        prepare_in(tmp_path / "out", f"{server.address}/rows.csv")
-    assert len(server.asked) == 1
-    assert list((tmp_path / "out" / "cache" / "downloads").iterdir()) == []
+def test_a_source_that_changed_is_read_again_and_not_taken_from_an_old_shard(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [pair("q", "the old answer"), pair("r", "")])
+    with pytest.raises(DataError, match="MIN_SAMPLES"):
+        prepare_in(tmp_path / "out", path, min_samples=2)
+    assert list((tmp_path / "out/shards").iterdir())
+    write_jsonl(path, [pair("q", "the new answer"), pair("r", "another")])
+    prepare_in(tmp_path / "out", path, min_samples=2, eval_fraction=0)
+    texts = [text for row in load_rows(tmp_path / "out") for text in learned_texts(row)]
+    assert texts == [f"the new answer{END}", f"another{END}"]
+
+
+# Mixing and order
+
+
+def two_sources(tmp_path: Path, num_first: int, num_second: int) -> tuple[Path, Path]:
+    first = write_jsonl(tmp_path / "first.jsonl", [pair(f"F{n}", f"first {n}") for n in range(num_first)])
+    return first, write_jsonl(tmp_path / "second.jsonl", [pair(f"S{n}", f"second {n}") for n in range(num_second)])
+
+
+def trained(folder: Path) -> list[tuple[str, int]]:
+    return [(Path(row["source"].partition("?")[0]).stem, row["row"]) for row in load_from_disk(str(folder / "train")).to_list()]
+
+
+def test_a_weight_repeats_a_source_or_takes_a_share_of_it(tmp_path: Path) -> None:
+    first, second = two_sources(tmp_path, 10, 200)
+    tally = prepare_in(tmp_path / "out", f"{first}?weight=3", f"{second}?weight=0.25", eval_fraction=0)
+    counts = Counter(trained(tmp_path / "out"))
+    assert {counts["first", row] for row in range(10)} == {3}
+    assert sum(1 for source, _ in counts if source == "second") == 50
+    assert tally.sources[1].dropped == {"not_sampled": 150} and tally.sources[1].num_kept == 50
+    assert tally.num_train == 80 and tally.sources[0].num_kept == 10
+
+
+def test_a_broken_weight_repeats_some_rows_once_more(tmp_path: Path) -> None:
+    first, second = two_sources(tmp_path, 400, 1)
+    prepare_in(tmp_path / "out", f"{first}?weight=1.5", second, eval_fraction=0)
+    counts = Counter(row for source, row in trained(tmp_path / "out") if source == "first")
+    assert set(counts.values()) == {1, 2} and len(counts) == 400
+    assert 150 < sum(1 for count in counts.values() if count == 2) < 250
+
+
+def test_interleaving_takes_sources_in_proportion_until_one_runs_out(tmp_path: Path) -> None:
+    first, second = two_sources(tmp_path, 30, 300)
+    tally = prepare_in(tmp_path / "out", first, f"{second}?weight=2", eval_fraction=0, mix="interleave", order="as-is")
+    rows = trained(tmp_path / "out")
+    assert Counter(source for source, _ in rows) == {"first": 30, "second": 60}
+    for start in range(0, 90, 15):  # evenly, not one after the other
+        assert 3 <= sum(source == "first" for source, _ in rows[start : start + 15]) <= 7
+    assert [row for source, row in rows if source == "second"] == sorted(row for source, row in rows if source == "second")
+    assert tally.sources[1].dropped == {"not_sampled": 240}
+
+
+def test_interleaving_a_wanted_number_reads_no_further_than_it_must(tmp_path: Path) -> None:
+    first, second = two_sources(tmp_path, 100, 5000)
+    tally = prepare_in(tmp_path / "out", first, f"{second}?weight=4", eval_fraction=0, mix="interleave", max_samples=50)
+    assert [source.num_rows for source in tally.sources] == [10, 40]
+    assert tally.num_train == 50
+
+
+def test_short_examples_come_first_when_order_is_length(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [pair("q", f"{n} " + "long " * (n * 37 % 23)) for n in range(60)])
+    prepare_in(tmp_path / "out", path, eval_fraction=0, order="length")
+    lengths = [len(row["input_ids"]) for row in load_from_disk(str(tmp_path / "out/train")).to_list()]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 10
+
+
+def test_reading_stops_when_enough_tokens_have_survived(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", many_pairs(3000))
+    tally = prepare_in(tmp_path / "out", path, eval_fraction=0, max_tokens=1000)
+    [source] = tally.sources
+    longest = tally.longest_tokens
+    assert 1000 <= tally.num_train_tokens == source.num_tokens < 1000 + longest
+    assert source.num_rows == source.num_kept < 100
+
+
+# What is held out is not trained on
+
+
+def test_a_training_row_that_is_in_the_eval_data_set_is_dropped_as_contaminated(tmp_path: Path) -> None:
+    rows = numbered_rows(40)[3:]
+    held_out = write_jsonl(tmp_path / "held.jsonl", rows[:5])
+    nearly = {"prompt": rows[2]["prompt"], "completion": rows[2]["completion"].replace(" ", "  ") + "."}
+    train = write_jsonl(tmp_path / "train.jsonl", [*rows[3:], nearly])
+    tally = prepare_in(tmp_path / "out", train, eval_datasets=str(held_out))
+    assert [source.held_out for source in tally.sources] == [True, False]
+    assert tally.num_eval == 5 and tally.sources[1].dropped == {"contaminated": 3}
+    assert tally.num_train == tally.sources[1].num_kept == len(rows) - 5
+
+
+def test_near_duplicates_stand_on_one_side_and_nothing_is_lost(tmp_path: Path) -> None:
+    rows = [row for row in numbered_rows(400) if row["completion"]]
+    twins = [{"prompt": row["prompt"], "completion": row["completion"] + "!"} for row in rows[::2]]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, *twins])
+    tally = prepare_in(tmp_path / "out", path, eval_fraction=0.2)
+    assert tally.num_train + tally.num_eval == tally.sources[0].num_kept
+    held_out = {
+        text.rstrip("!" + END) for row in load_from_disk(str(tmp_path / "out/eval")).to_list() for text in learned_texts(row)
+    }
+    trained_on = {
+        text.rstrip("!" + END) for row in load_from_disk(str(tmp_path / "out/train")).to_list() for text in learned_texts(row)
+    }
+    assert held_out and not held_out & trained_on
+
+
+def test_nothing_is_held_out_when_all_of_it_nearly_repeats_the_training_rows(tmp_path: Path) -> None:
+    words = " ".join(f"word{place}" for place in range(80))
+    path = write_jsonl(tmp_path / "rows.jsonl", [pair("q", f"{words} {number}") for number in range(40)])
+    tally = prepare_in(tmp_path / "out", path, eval_fraction=0.1)
+    assert tally.num_eval == 0 and tally.num_train == 40
+    assert "nearly repeats" in tally.warnings[0] and "EVAL_DATASETS" in tally.warnings[0]
+
+
+# What the tally tells
+
+
+def test_the_tally_shows_dropped_rows_and_the_first_example_with_what_is_learned(tmp_path: Path) -> None:
+    rows = [pair("q", ""), *many_pairs(20), *[{"prompt": 3, "completion": "x"}] * 15, many_pairs(1)[0]]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    [source] = prepare_in(tmp_path / "out", path).sources
+    assert source.dropped == {"malformed": 15, "empty_reply": 1, "duplicate": 1}
+    assert [sample.row for sample in source.samples["malformed"]] == list(range(21, 31)), "ten at most"
+    assert "Question 0?" in source.samples["duplicate"][0].text and source.samples["duplicate"][0].row == 36
+    assert [part.text for part in source.first_example if part.learned] == [f"Answer 0.{END}"]
+    assert "Question 0?" in "".join(part.text for part in source.first_example)
+    assert sum(source.lengths.values()) == source.num_kept == 20
+    assert all(int(edge) & (int(edge) - 1) == 0 for edge in source.lengths)
+
+
+def test_dropped_rows_are_written_with_their_reason_when_asked_for(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [pair("q", ""), *many_pairs(20), many_pairs(1)[0]])
+    prepare_in(tmp_path / "out", path, keep_dropped=True)
+    lines = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text("utf-8").splitlines()]
+    assert lines == [
+        {"source": str(path), "row": 0, "reason": "empty_reply", "raw": pair("q", "")},
+        {"source": str(path), "row": 21, "reason": "duplicate", "raw": many_pairs(1)[0]},
+    ]
+    prepare_in(tmp_path / "without", path)
+    assert not (tmp_path / "without/dropped.jsonl").exists()
+
+
+def test_too_many_examples_with_nothing_to_learn_are_refused_with_the_longest(tmp_path: Path) -> None:
+    rows = [*many_pairs(30), *[pair("long " * (200 + number), "x") for number in range(10)]]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(
+        DataError, match=r"MAX_UNLEARNED=0.2: 10 of 40 examples .* row 39 \(1,046 characters\).* raise MAX_LENGTH=64"
+    ):
+        prepare_in(tmp_path / "out", path, max_length=64, overlong="truncate")
+    tally = prepare_in(tmp_path / "again", path, max_length=64, overlong="truncate", max_unlearned=0.5)
+    assert tally.sources[0].dropped == {"nothing_to_learn": 10}
