@@ -1,17 +1,17 @@
 """What runs in a child process: one stage, its errors turned into a last event and an exit status.
 
 `python -m job.child fetch|prepare|train SPEC.json`, with the writing end of a pipe in JOB_EVENTS_FD and a pipe on standard
-input that the supervisor never writes to: when it closes, the supervisor is gone, and so are we.
+input that the supervisor never writes to: when it closes, the supervisor is gone, and so are we. SIGUSR1 writes the stacks of
+all threads to standard error, while training to a file. JOB_FAULT breaks a training on purpose (train/faults.py).
 """
 
+import faulthandler
 import os
-import shutil
 import signal
 import sys
 import threading
 import traceback
 from pathlib import Path
-from types import FrameType
 
 from job.errors import (
     DISK_ERRORS,
@@ -20,10 +20,9 @@ from job.errors import (
     MachineError,
     PlanError,
     PreemptedError,
-    Problem,
-    SettingsError,
 )
-from job.events import EVENTS_FD, EventWriter, Failed, Progress, Stopped
+from job.events import EVENTS_FD, EventWriter, Failed, Stopped
+from job.train.preempt import StopSignal
 from job.train.spec import FetchSpec, PrepareSpec, TrainSpec
 
 
@@ -31,10 +30,11 @@ def main(stage: str, spec_file: Path) -> int:
     """Run one stage; the returned status is one of errors.py."""
     threading.Thread(target=_die_with_the_supervisor, daemon=True).start()
     events = EventWriter(int(os.environ[EVENTS_FD]) if EVENTS_FD in os.environ else None)
-    signal.signal(signal.SIGTERM, _stop_now)
-    signal.signal(signal.SIGINT, _stop_now)
+    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+    stop = StopSignal()
+    events.shield = stop.shielded
     try:
-        _run(stage, spec_file.read_text("utf-8"), events)
+        return _run(stage, spec_file.read_text("utf-8"), events, stop)
     except JobError as error:
         stopped = {PreemptedError: Stopped.PREEMPTED, DivergedError: Stopped.DIVERGED, PlanError: Stopped.OUT_OF_MEMORY}
         return _fail(events, error.exit_status, str(error), stopped.get(type(error), Stopped.CRASHED))
@@ -48,48 +48,25 @@ def main(stage: str, spec_file: Path) -> int:
     except Exception as error:  # the boundary of the process: a bug is told with its traceback
         traceback.print_exc()
         return _fail(events, 1, f"{type(error).__name__}: {error}", Stopped.CRASHED)
-    return 0
 
 
-def _run(stage: str, spec: str, events: EventWriter) -> None:
+def _run(stage: str, spec: str, events: EventWriter, stop: StopSignal) -> int:
+    if stage != "prepare":  # its workers and shards want to be put away
+        stop.exit_at_once(lambda text: _last_words(events, text))
     # Each stage imports what it needs: torch takes seconds.
     if stage == "fetch":
         from job.train.fetch import fetch
 
         fetch(FetchSpec.model_validate_json(spec), events)
     elif stage == "prepare":
-        _prepare(PrepareSpec.model_validate_json(spec), events)
+        from job.prepared import make_prepared
+
+        make_prepared(PrepareSpec.model_validate_json(spec), events)
     else:
         from job.train.trainer import train
 
-        train(TrainSpec.model_validate_json(spec), events)
-
-
-def _prepare(spec: PrepareSpec, events: EventWriter) -> None:
-    from transformers import AutoTokenizer
-
-    from job.data.prepare import prepare, set_default_template
-    from job.keep.checkpoints import seal
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.model_dir, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        way_out = "choose a model with a tokenizer that transformers knows"
-        rule = f"its tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}"
-        raise SettingsError([Problem(setting="MODEL_ID", value=str(spec.model_dir), rule=rule, way_out=way_out)]) from error
-    set_default_template(tokenizer, spec.chat_template)
-    partial = spec.folder.with_name(spec.folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    prepare(
-        spec.data,
-        tokenizer,
-        folder=partial,
-        cache_dir=spec.cache_dir,
-        seed=spec.seed,
-        report_progress=lambda text, done: events.write(Progress(text=text, done=done)),
-    )
-    seal(partial, step=0)
-    partial.replace(spec.folder)
+        return train(TrainSpec.model_validate_json(spec), events, stop, os.environ.get("JOB_FAULT", ""))
+    return 0
 
 
 def _fail(events: EventWriter, status: int, message: str, stopped: Stopped) -> int:
@@ -97,8 +74,8 @@ def _fail(events: EventWriter, status: int, message: str, stopped: Stopped) -> i
     return status
 
 
-def _stop_now(number: int, _frame: FrameType | None) -> None:
-    raise PreemptedError(f"stopped by {signal.Signals(number).name}")
+def _last_words(events: EventWriter, text: str) -> None:
+    _fail(events, PreemptedError.exit_status, text, Stopped.PREEMPTED)
 
 
 def _die_with_the_supervisor() -> None:

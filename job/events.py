@@ -7,7 +7,9 @@ change statuses, and a killed process writes nothing more.
 import json
 import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, TextIO
 
@@ -26,6 +28,16 @@ class Stopped(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     DIVERGED = "diverged"
     CRASHED = "crashed"
+
+
+class Phase(StrEnum):
+    """What a trainer is busy with."""
+
+    LOAD = "load"
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    SAVE = "save"
+    SAMPLE = "sample"
 
 
 class _Event(BaseModel):
@@ -113,6 +125,8 @@ class Ended(_Event):
     step: int
     peak_memory_bytes: int
     """Largest GPU memory reserved, or resident memory on a CPU."""
+    best_step: int | None = None
+    """Step of the checkpoint with the lowest held-out loss, when the run ended early for it."""
 
 
 class Failed(_Event):
@@ -122,6 +136,14 @@ class Failed(_Event):
     exit_status: int
     message: str
     stopped: Stopped = Stopped.CRASHED
+    phase: Phase | None = None
+    """Where a trainer ran out of memory."""
+    step: int | None = None
+    """The last completed step when memory ran out; the step that showed that the run diverged."""
+    first_step: int | None = None
+    """First step of the window that diverged: a checkpoint before it is sound, and its steps are the ones to skip."""
+    examples: tuple[tuple[str, int], ...] = ()
+    """(source, row) of what those steps trained on, the last steps first when there are too many to name."""
 
 
 Event = Annotated[
@@ -138,14 +160,18 @@ class EventWriter:
 
     def __init__(self, fd: int | None) -> None:
         self._fd = fd
+        self.shield: Callable[[], AbstractContextManager[object]] = nullcontext
+        """Entered around each write: a signal's exception in the middle would tear the line."""
+        self.written_at = time.monotonic()
 
     def write(self, event: Event) -> None:
         if self._fd is None:
             return
         line = event.model_dump_json().encode() + b"\n"
-        with self._lock:
+        with self.shield(), self._lock:
             while line:
                 line = line[os.write(self._fd, line) :]
+            self.written_at = time.monotonic()
 
 
 def read_events(pipe: TextIO) -> Iterator[Event]:

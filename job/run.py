@@ -88,7 +88,7 @@ class Run:
         """Make the training data, put it into the store, and stop."""
         with self._locked():
             try:
-                self._stages.fetch()
+                self._stages.fetch(tokenizer_only=True)
                 self._stages.prepare()
             except ChildFailedError as failure:
                 raise failure.error from None

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +20,9 @@ from pydantic import BaseModel
 
 from job.errors import JobError, MachineError, PreemptedError, error_for_status
 from job.events import EVENTS_FD, Ended, Event, Failed, Stopped, read_events
+
+STACKS_SECONDS = 2.0
+"""How long a process that hangs may take to write its stacks."""
 
 SECRET_NAMES = (
     "HF_TOKEN",
@@ -64,10 +68,16 @@ def child_environ(environ: Mapping[str, str], secrets: Mapping[str, str], allowe
 
 
 class ChildFailedError(Exception):
-    """A child ended without doing its work."""
+    """A child ended without doing its work.
 
-    def __init__(self, error: JobError, stopped: Stopped) -> None:
-        self.error, self.stopped = error, stopped
+    Args:
+        error: what to exit with when nothing can be done about it.
+        failed: its last word, when it had one.
+        has_hung: it was silent for too long and was killed.
+    """
+
+    def __init__(self, error: JobError, stopped: Stopped, *, failed: Failed | None = None, has_hung: bool = False) -> None:
+        self.error, self.stopped, self.failed, self.has_hung = error, stopped, failed, has_hung
         super().__init__(str(error))
 
 
@@ -81,6 +91,7 @@ def run_child(
     grace_seconds: float,
     on_event: Callable[[Event], None],
     on_idle: Callable[[], None],
+    hang_seconds: float | None = None,
 ) -> None:
     """Run a stage in a process of its own until it ends.
 
@@ -92,6 +103,7 @@ def run_child(
         grace_seconds: how long a stopping child may take before it is killed.
         on_event: called in this thread with each event.
         on_idle: called about once a second.
+        hang_seconds: without an event for so long, the child writes down its stacks (SIGUSR1) and is killed.
 
     Raises:
         ChildFailedError: carries the error to exit with, and why the attempt stopped.
@@ -111,11 +123,17 @@ def run_child(
     os.close(writer)
     last: Event | None = None
     asked_at: float | None = None
+    heard_at, has_hung, kills_before = time.monotonic(), False, _num_oom_kills()
     try:
         for event in _Events(reader):
             if event is not None:
-                last = event
+                last, heard_at = event, time.monotonic()
                 on_event(event)
+            if hang_seconds is not None and not has_hung and time.monotonic() - heard_at > hang_seconds:
+                has_hung = True
+                process.send_signal(signal.SIGUSR1)
+                time.sleep(STACKS_SECONDS)
+                process.kill()
             if stop.count and asked_at is None:
                 asked_at = time.monotonic()
                 process.terminate()
@@ -127,7 +145,21 @@ def run_child(
         if process.poll() is None:
             process.kill()
             process.wait()
-    _judge(stage, status, last, stop)
+    if has_hung and not isinstance(last, (Ended, Failed)):
+        message = f"HANG_SECONDS={hang_seconds:g}: the {stage} process was silent for longer and was killed"
+        raise ChildFailedError(MachineError(message), Stopped.CRASHED, has_hung=True)
+    _judge(stage, status, last, stop, out_of_host_memory=_num_oom_kills() > kills_before)
+
+
+def _num_oom_kills() -> int:
+    """How often the kernel has killed a process of this container, or of this machine, for memory."""
+    for path in (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")):
+        with suppress(OSError):
+            for line in path.read_text("utf-8").splitlines():
+                name, _, number = line.partition(" ")
+                if name == "oom_kill":
+                    return int(number)
+    return 0
 
 
 class _Events:
@@ -164,10 +196,10 @@ class _Events:
         self._queue.put(self._END)
 
 
-def _judge(stage: str, status: int, last: Event | None, stop: StopRequest) -> None:
+def _judge(stage: str, status: int, last: Event | None, stop: StopRequest, *, out_of_host_memory: bool) -> None:
     """Believe the last event before the status."""
     if isinstance(last, Failed):
-        raise ChildFailedError(error_for_status(last.exit_status, last.message), last.stopped)
+        raise ChildFailedError(error_for_status(last.exit_status, last.message), last.stopped, failed=last)
     if isinstance(last, Ended) and last.stopped is Stopped.PREEMPTED:
         raise ChildFailedError(PreemptedError(f"stopped by a signal after step {last.step}, checkpoint saved"), last.stopped)
     if status == 0 and (stage != "train" or isinstance(last, Ended)):
@@ -176,6 +208,11 @@ def _judge(stage: str, status: int, last: Event | None, stop: StopRequest) -> No
         message = f"the {stage} process did not stop in time and was killed; the last checkpoint is kept"
         raise ChildFailedError(PreemptedError(message), Stopped.PREEMPTED)
     if status == -signal.SIGKILL:
-        message = f"the {stage} process was killed from outside, most likely for host memory; start again to continue"
+        message = f"the {stage} process was killed from outside; start again to continue"
+        if out_of_host_memory:
+            message = (
+                f"the {stage} process was killed by the kernel: the machine's memory (not the GPU's) was full; take a machine "
+                "with more memory and start again to continue"
+            )
         raise ChildFailedError(MachineError(message), Stopped.CRASHED)
     raise ChildFailedError(JobError(f"the {stage} process ended with status {status} and no last word"), Stopped.CRASHED)

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from huggingface_hub import ModelCard
 
-from job.data.prepare import SourceTally, Tally
+from job.data.tally import SourceTally, Tally
 from job.deliver.card import write_card
 from job.deliver.report import Chosen, Report, count_actual, summarise
 from job.events import Sampled, Stopped

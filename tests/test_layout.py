@@ -18,8 +18,9 @@ STEPS = (
     ("errors", "events", "settings"),
     ("plan", "data", "keep"),
     ("train", "supervise", "display"),
-    ("deliver", "preflight"),
-    ("child", "stages"),
+    ("deliver", "preflight", "prepared"),
+    ("child", "training"),
+    ("stages",),
     ("run",),
     ("__main__",),
 )

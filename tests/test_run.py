@@ -216,6 +216,15 @@ def s3() -> Iterator[tuple[str, Any]]:
     server.stop()
 
 
+def newest_step(client: Any) -> int:
+    """The newest checkpoint, once the server is done with what a killed process had sent already."""
+    before: set[str] | None = None
+    while before != (names := s3_names(client)):
+        before = names
+        time.sleep(1.0)
+    return max(int(found[1]) for name in names if (found := re.search(r"step-(\d+)/manifest", name)))
+
+
 def s3_names(client: Any) -> set[str]:
     return {entry["Key"] for entry in client.list_objects_v2(Bucket="bucket").get("Contents", ())}
 
@@ -238,13 +247,13 @@ def test_on_s3_and_the_hub_a_run_resumes_on_another_machine_and_publish_finishes
         }
         process = job.start("run", **settings)
         wait_for(lambda: any(re.search(r"step-\d+/manifest.json", name) for name in s3_names(client)), process)
-        assert hub.repos["model", "tester/tuned"].private, "the repository is made before training, private"
         os.killpg(process.pid, signal.SIGKILL)
+        assert hub.repos["model", "tester/tuned"].private, "the repository is made before training, private"
         process.communicate()
         shutil.rmtree(job.folder / "work")  # another machine
 
         hub.fail("POST", r"/commit/", status=403, times=50)
-        newest = max(int(found[1]) for name in s3_names(client) if (found := re.search(r"step-(\d+)/manifest", name)))
+        newest = newest_step(client)
         settings["MAX_STEPS"] = str(newest + 3)
         status, output = job.run("run", **settings)
         assert status == 6, output

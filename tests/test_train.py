@@ -10,7 +10,10 @@ from peft import get_peft_model
 from trl import SFTConfig
 
 from job.errors import SettingsError
+from job.events import EventWriter
 from job.settings import LoraSettings, ModelSettings, TrainSettings
+from job.train.faults import Faults
+from job.train.loop import Loop
 from job.train.model import (
     check_lora_targets,
     keep_gradients_after_evaluation,
@@ -19,8 +22,9 @@ from job.train.model import (
     lora_config,
     train_in_fp32,
 )
+from job.train.preempt import StopSignal
 from job.train.spec import TrainSpec
-from job.train.trainer import _Trainer
+from job.train.watch import Watch
 
 
 def spec_for(tiny_model: Path, folder: Path, **lora: Any) -> TrainSpec:
@@ -89,7 +93,10 @@ def test_the_kernel_that_has_no_backward_is_switched_off(tiny_model: Path, tmp_p
 def make_trainer(tiny_model: Path, folder: Path) -> Any:
     spec = spec_for(tiny_model, folder, lora_dropout=0.0)
     rows = {"input_ids": [[5, 6, 7, 8, 9], [10, 11, 12]], "labels": [[-100, -100, 7, 8, 9], [-100, 11, 12]]}
-    return _Trainer(
+    faults = Faults("", folder)
+    return Loop(
+        watch=Watch(spec, EventWriter(None), StopSignal(), faults),
+        faults=faults,
         model=load_model(spec),
         args=SFTConfig(
             output_dir=str(folder),
@@ -120,7 +127,7 @@ def test_the_loss_from_plain_logits_is_trls_own(tiny_model: Path, tmp_path: Path
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
     trainer.model.eval()
     plain = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(5))
-    monkeypatch.setattr("job.train.trainer.PLAIN_LOGITS", 0)
+    monkeypatch.setattr("job.train.loop.PLAIN_LOGITS", 0)
     fused = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(5))
     assert plain.item() > 0
     assert plain.item() == pytest.approx(fused.item(), rel=1e-4)

@@ -16,7 +16,7 @@ def write_card(report: Report, settings: Settings) -> str:
     environment = Environment(
         loader=PackageLoader("job.deliver", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    specs = settings.data.datasets
+    specs = (*settings.data.eval_datasets, *settings.data.datasets)  # in the tally's order
     base_model = settings.model.model_id
     return environment.get_template("card.md.jinja").render(
         report=report,

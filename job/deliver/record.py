@@ -1,10 +1,12 @@
 """Events of a run in, its metrics and its report out: what is known of a run, over all its attempts."""
 
 import json
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
-from job.data.prepare import Tally
-from job.deliver.report import Chosen, Report, count_actual, find_versions
+from job.data.tally import Tally
+from job.deliver.report import Chosen, Happening, Report, count_actual, find_versions
 from job.errors import JobError
 from job.events import Ended, Evaluated, Event, Fetched, Loaded, Sampled, Stepped, Stopped, metrics_row
 from job.keep.ledger import Ledger
@@ -22,6 +24,7 @@ class Record:
         self._settings, self._run_id, self._store, self._work = settings, run_id, store, work
         self._rows: dict[int, dict[str, float]] = {}
         self._samples: list[Sampled] = []
+        self._happenings: list[Happening] = []
         self._device: str | None = None
         self._peak_memory_bytes: int | None = None
         self.model_dir = Path()
@@ -49,16 +52,25 @@ class Record:
             case Ended():
                 self._peak_memory_bytes = event.peak_memory_bytes
 
-    def load_metrics(self, first_step: int) -> None:
-        """Take over the steps of earlier attempts, up to the checkpoint that this one continues from."""
-        if first_step == 0:
-            return
+    def happened(self, text: str) -> None:
+        """Something that whoever reads the report should know."""
+        self._happenings.append(Happening(at=datetime.now(UTC), step=self.last_step, text=text))
+
+    def rewind(self, first_step: int) -> None:
+        """Take over the steps up to the checkpoint that is continued from, of this attempt or of earlier ones."""
+        if first_step and not self._rows:
+            self._load_metrics()
+        self._rows = {step: row for step, row in self._rows.items() if step <= first_step}
+
+    def _load_metrics(self) -> None:
         try:
             text = read_text(self._store, METRICS, self._work)
         except MissingError:
             return
-        rows = [json.loads(line) for line in text.splitlines()]
-        self._rows = {row["step"]: row for row in rows if row["step"] <= first_step}
+        for line in text.splitlines():
+            with suppress(ValueError):  # a line that a dying machine cut short
+                row = json.loads(line)
+                self._rows[row["step"]] = row
 
     def put_metrics(self) -> None:
         if not self._rows:
@@ -73,6 +85,7 @@ class Record:
             "exit_status": 0 if error is None else error.exit_status,
             "reason": None if error is None else str(error),
             "attempts": ledger.attempts,
+            "happenings": self._happenings,
         }
         if not self._rows and (past := self._past_report()) is not None:
             return past.model_copy(update={**outcome, "actual": past.actual.model_copy(update=_time_and_cost(ledger))})

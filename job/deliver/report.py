@@ -1,11 +1,12 @@
 """What was planned beside what happened: `report.json`, and a short summary for the screen."""
 
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from job.data.prepare import Tally
+from job.data.tally import Tally
 from job.events import Sampled, Stopped
 from job.keep.ledger import Attempt, cost_usd
 from job.plan.forecast import Plan
@@ -46,6 +47,17 @@ class Publication(BaseModel):
     url: str
 
 
+class Happening(BaseModel):
+    """Something out of the ordinary on the way: a retreat, a roll-back, a restart."""
+
+    model_config = ConfigDict(frozen=True)
+
+    at: datetime
+    step: int | None
+    """The last step that was logged before."""
+    text: str
+
+
 class Report(BaseModel):
     """`report.json`."""
 
@@ -62,6 +74,8 @@ class Report(BaseModel):
     evaluations: list[dict[str, float]]
     """Held-out loss by step, in order: {"step", "eval_loss"}."""
     chosen: Chosen | None
+    happenings: list[Happening] = []
+    """Of the last attempt, in order."""
     publication: Publication | None
     samples: list[Sampled]
     model: dict[str, str | None]

@@ -1,17 +1,21 @@
 """A folder or an S3 prefix behind one small Protocol: files go in and come out under names.
 
-Names are relative, `/`-separated, and round-trip: what `list` yields, `get` accepts. What is not handled: locking; one run
-is written by one supervisor.
+Names are relative, `/`-separated, and round-trip: what `list` yields, `get` accepts; `.partial` is no part of one.
+What is not handled: locking; one run is written by one supervisor.
 """
 
+import errno
+import json
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from job.errors import MachineError, NetworkError, Problem, SettingsError
+from job.errors import DISK_ERRORS, MachineError
 
 
 class MissingError(Exception):
@@ -21,14 +25,18 @@ class MissingError(Exception):
 class Store(Protocol):
     """Where a run is kept.
 
-    Every method raises NetworkError when the store does not answer, SettingsError when it refuses the credentials, and
-    MachineError when its own disk is full or read-only. A full local disk is an OSError.
+    Every method raises NetworkError when the store does not answer or slows us down for too long, SettingsError when it
+    refuses the credentials or there is no such bucket, and MachineError when a disk is full or read-only (the store's or
+    this machine's) or this machine's clock is wrong.
     """
 
     uri: str
 
     def put(self, path: Path, name: str) -> None:
-        """Copy a local file into the store; afterwards `name` holds all of it or what it held before."""
+        """Copy a local file into the store; afterwards `name` holds all of it or what it held before.
+
+        Raises FileNotFoundError when there is no such local file.
+        """
 
     def get(self, name: str, path: Path) -> None:
         """Copy a file out; `path` appears whole or not at all. Raises MissingError."""
@@ -48,186 +56,185 @@ def open_store(uri: str, *, credentials: dict[str, str] | None = None) -> Store:
         credentials: keyword arguments for boto3 (aws_access_key_id, ...); without them boto3 looks in its usual places.
     """
     if uri.startswith("s3://"):
+        from job.keep.s3 import S3Store
+
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         return S3Store(bucket, prefix, credentials or {})
     return FolderStore(Path(uri).expanduser().absolute())
 
 
 def within(store: Store, folder: str) -> Store:
-    """The same store seen from one of its folders."""
-    if isinstance(store, S3Store):
-        return store.within(folder)
-    assert isinstance(store, FolderStore)
-    return FolderStore(store.root / folder)
+    """The same store seen from one of its folders, which belongs to one writer: what a killed one left half-written goes."""
+    if isinstance(store, FolderStore):
+        return FolderStore(store.root / folder, is_own=True)
+    from job.keep.s3 import S3Store
+
+    assert isinstance(store, S3Store)
+    return store.within(folder)
 
 
 def read_text(store: Store, name: str, scratch: Path) -> str:
-    """The text of a small file. Raises MissingError."""
-    path = scratch / f".read-{os.getpid()}"
-    scratch.mkdir(parents=True, exist_ok=True)
-    try:
+    """The text of a small file. Raises MissingError, and UnicodeDecodeError (a ValueError) when it is no text."""
+    return read_bytes(store, name, scratch).decode("utf-8")
+
+
+def read_bytes(store: Store, name: str, scratch: Path) -> bytes:
+    """The content of a small file. Raises MissingError."""
+    with _scratch_file(scratch) as path:
         store.get(name, path)
-        return path.read_text("utf-8")
-    finally:
-        path.unlink(missing_ok=True)
+        return path.read_bytes()
+
+
+def read_json_lines(store: Store, name: str, scratch: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file of JSON lines, and how many lines were none: cut short or garbled. Raises MissingError."""
+    rows, num_unreadable = [], 0
+    for line in read_bytes(store, name, scratch).splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            num_unreadable += 1
+    return rows, num_unreadable
 
 
 def write_text(store: Store, name: str, text: str, scratch: Path) -> None:
     """Put a small text file."""
-    path = scratch / f".write-{os.getpid()}"
-    scratch.mkdir(parents=True, exist_ok=True)
-    try:
+    with _scratch_file(scratch) as path:
         path.write_text(text, "utf-8")
         store.put(path, name)
-    finally:
-        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _scratch_file(folder: Path) -> Iterator[Path]:
+    """A name of its own for each call: the mirror, the ledger and the main thread do this at the same time."""
+    path = folder / f".text-{os.getpid()}-{uuid.uuid4().hex}"
+    with local_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def local_disk(path: Path) -> Iterator[None]:
+    """Turns a full or read-only local disk into MachineError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise MachineError(f"WORK_DIR: cannot write {path} ({error.strerror}); free the disk, or name another folder") from error
 
 
 class FolderStore:
-    """A folder, on a local disk or a mounted volume."""
+    """A folder, on a local disk or a mounted volume.
+
+    Files are written below `.partial` and renamed, so what a kill leaves half-written is in no listing and in one place.
+    """
 
     _PARTIAL = ".partial"
+    _DEAD_SECONDS = 600.0
+    """A half-written file that nothing was added to for so long is from a process that was killed."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, is_own: bool = False) -> None:
         self.root = root
         self.uri = str(root)
+        self._has_left_over = is_own
 
     def put(self, path: Path, name: str) -> None:
-        self._copy(path, self.root / name)
-
-    def get(self, name: str, path: Path) -> None:
-        source = self.root / name
-        if not source.is_file():
-            raise MissingError(name)
-        self._copy(source, path)
-
-    def list(self, prefix: str = "") -> Iterator[str]:
-        # Only the deepest folder that the prefix names is walked.
-        start = self.root / prefix.rpartition("/")[0]
+        if not path.is_file():
+            raise FileNotFoundError(errno.ENOENT, "there is no such local file", str(path))
+        self._clear_left_over()
+        partial = self.root / self._PARTIAL / uuid.uuid4().hex
+        target = self.root / name
         try:
-            files = [path for path in start.rglob("*") if path.is_file() and path.suffix != self._PARTIAL]
-        except OSError as error:
-            raise MachineError(f"OUTPUT_URI={self.uri}: cannot be listed: {error.strerror or error}") from error
-        names = (path.relative_to(self.root).as_posix() for path in files)
-        yield from sorted(name for name in names if name.startswith(prefix))
-
-    def delete(self, name: str) -> None:
-        try:
-            (self.root / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise MachineError(f"OUTPUT_URI={self.uri}: cannot delete {name}: {error.strerror or error}") from error
-        with suppress(OSError):  # a folder with files left in it stays
-            (self.root / name).parent.rmdir()
-
-    def _copy(self, source: Path, target: Path) -> None:
-        partial = target.with_name(target.name + self._PARTIAL)
-        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            _copy(path, partial)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
             partial.replace(target)
+            _sync_folder(target.parent)
         except OSError as error:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
-            raise MachineError(f"OUTPUT_URI={self.uri}: cannot write {target}: {error.strerror or error}") from error
-
-
-class S3Store:
-    """A bucket and a prefix on any S3 service."""
-
-    def __init__(self, bucket: str, prefix: str, credentials: dict[str, str], client: Any = None) -> None:
-        self._bucket = bucket
-        self._prefix = prefix.rstrip("/") + "/" if prefix else ""
-        self._credentials = credentials
-        self._client = client or _s3_client(credentials)
-        self.uri = f"s3://{bucket}/{self._prefix}".rstrip("/")
-
-    def within(self, folder: str) -> "S3Store":
-        return S3Store(self._bucket, self._prefix + folder, self._credentials, self._client)
-
-    def put(self, path: Path, name: str) -> None:
-        with _Translate(self.uri, name):
-            self._client.upload_file(str(path), self._bucket, self._prefix + name)
+            raise self._failed(f"cannot write {name}", error) from error
 
     def get(self, name: str, path: Path) -> None:
-        partial = path.with_name(path.name + ".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _Translate(self.uri, name):
-            self._client.download_file(self._bucket, self._prefix + name, str(partial))
-        partial.replace(path)
+        source = self.root / name
+        try:
+            with source.open("rb"):
+                pass
+        except (FileNotFoundError, IsADirectoryError):
+            raise MissingError(name) from None
+        except OSError as error:
+            if isinstance(error, NotADirectoryError) and self.root.is_dir():  # a file lies where a folder would
+                raise MissingError(name) from None
+            raise self._failed(f"cannot read {name}", error) from error
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            with local_disk(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _copy(source, partial)
+                partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        with _Translate(self.uri, prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix + prefix)
-            for page in pages:
-                for entry in page.get("Contents", ()):
-                    yield entry["Key"].removeprefix(self._prefix)
+        def fail(error: OSError) -> None:
+            # A folder that may not be read is not an empty one; one that is gone (or was never made) is.
+            if not isinstance(error, FileNotFoundError):
+                raise self._failed("cannot be listed", error) from error
+
+        # Only the deepest folder that the prefix names is walked.
+        start = self.root / prefix.rpartition("/")[0]
+        names = []
+        for parent, folders, files in os.walk(start, onerror=fail):
+            folders[:] = [folder for folder in folders if folder != self._PARTIAL]
+            names += [(Path(parent) / file).relative_to(self.root).as_posix() for file in files]
+        yield from sorted(name for name in names if name.startswith(prefix))
 
     def delete(self, name: str) -> None:
-        # One key at a time: RunPod's S3 has no batch delete (docs.runpod.io/storage/s3-api, 2026-08).
-        with _Translate(self.uri, name):
-            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+        path = self.root / name
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            if isinstance(error, NotADirectoryError) and self.root.is_dir():
+                return
+            raise self._failed(f"cannot delete {name}", error) from error
+        with suppress(OSError):  # a folder with files left in it stays
+            for parent in path.relative_to(self.root).parents[:-1]:
+                (self.root / parent).rmdir()
 
-
-def _s3_client(credentials: dict[str, str]) -> Any:
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import PartialCredentialsError
-
-    config = Config(
-        connect_timeout=10,
-        read_timeout=60,
-        retries={"mode": "standard", "total_max_attempts": 5},
-        # boto3 >= 1.36 adds CRC32 checksums by default; other services than AWS refuse them (boto/s3transfer#327).
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    try:
-        return boto3.client("s3", config=config, **credentials)
-    except (PartialCredentialsError, ValueError) as error:  # half a key, an endpoint without a scheme
-        raise _refused("s3://", str(error), "check the AWS_* settings") from error
-
-
-class _Translate:
-    """Turns what boto3 raises into what the Store protocol promises."""
-
-    _REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "403", "401")
-
-    def __init__(self, uri: str, name: str) -> None:
-        self._uri, self._name = uri, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        from boto3.exceptions import Boto3Error, S3UploadFailedError
-        from botocore.exceptions import (
-            BotoCoreError,
-            ClientError,
-            NoCredentialsError,
-            ParamValidationError,
-            PartialCredentialsError,
+    def _failed(self, what: str, error: OSError) -> MachineError:
+        return MachineError(
+            f"OUTPUT_URI={self.uri}: {what} ({error.strerror or error}); free or mount the volume, or name another folder"
         )
 
-        if isinstance(error, S3UploadFailedError):
-            error = error.__cause__ or error.__context__ or error
-        if isinstance(error, ClientError):
-            code = str(error.response.get("Error", {}).get("Code", ""))
-            if code in ("404", "NoSuchKey"):
-                raise MissingError(self._name) from error
-            if code == "NoSuchBucket":
-                raise _refused(self._uri, "the bucket does not exist", "create it, or correct the name") from error
-            if code in self._REFUSED:
-                raise _refused(self._uri, f"the store refuses the credentials ({code})", "check the AWS_* settings") from error
-            raise NetworkError(f"OUTPUT_URI={self._uri}: the store answered {code} for {self._name}") from error
-        if isinstance(error, ParamValidationError):
-            raise _refused(self._uri, f"is not a valid address ({error})", "correct the bucket's name") from error
-        if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
-            raise _refused(self._uri, "no credentials were found", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
-        if isinstance(error, (BotoCoreError, Boto3Error)):
-            raise NetworkError(f"OUTPUT_URI={self._uri}: {error}") from error
+    def _clear_left_over(self) -> None:
+        """Before the first write. What is young may belong to a live process: `check` runs beside `run`."""
+        if not self._has_left_over:
+            return
+        self._has_left_over = False
+        for path in (self.root / self._PARTIAL).glob("*"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > self._DEAD_SECONDS:
+                    path.unlink()
 
 
-def _refused(uri: str, rule: str, way_out: str) -> SettingsError:
-    return SettingsError([Problem(setting="OUTPUT_URI", value=uri, rule=rule, way_out=way_out)])
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network volumes refuse it
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

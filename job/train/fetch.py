@@ -15,6 +15,7 @@ from job.train.spec import FetchSpec
 
 # Weights in formats that are not loaded when safetensors are there, and other engines' copies of the model.
 _NOT_NEEDED = ["*.gguf", "*.onnx", "onnx/*", "*.h5", "*.msgpack", "*.tflite", "original/*", "*.pth", "consolidated*"]
+_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.safetensors.index.json"]
 
 
 def fetch(spec: FetchSpec, events: EventWriter) -> None:
@@ -33,12 +34,12 @@ def fetch(spec: FetchSpec, events: EventWriter) -> None:
         folder = path
     else:
         events.write(Progress(text=f"downloading {model_id}"))
-        folder = _download(spec.model)
+        folder = _download(spec.model, tokenizer_only=spec.tokenizer_only)
         revision = folder.name  # the Hub's cache names a snapshot after its commit
     events.write(Fetched(model_dir=str(folder.absolute()), revision=revision))
 
 
-def _download(model: ModelSettings) -> Path:
+def _download(model: ModelSettings, *, tokenizer_only: bool) -> Path:
     import httpx2  # huggingface_hub lets its connection errors through
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
@@ -52,7 +53,7 @@ def _download(model: ModelSettings) -> Path:
     def refused(setting: str, value: str, rule: str, way_out: str) -> SettingsError:
         return SettingsError([Problem(setting=setting, value=value, rule=rule, way_out=way_out)])
 
-    ignored = list(_NOT_NEEDED)
+    ignored = [*_NOT_NEEDED, *(_WEIGHTS if tokenizer_only else ())]
     try:
         if not constants.HF_HUB_OFFLINE:
             files = HfApi().list_repo_files(model.model_id, revision=model.model_revision)

@@ -1,112 +1,72 @@
-"""What watches a running trainer: reports each step, saves on time, stops on a signal, and refuses a loss that is not finite."""
+"""Has the run diverged? The loss and gradient norm of each step in, a DivergenceError out, before the step is applied.
 
-import json
+Three rules:
+- a loss or a gradient norm that is not finite. In float16 a norm that overflows is part of the method (the scaler skips the
+  step and halves its scale), so there it takes `MAX_OVERFLOWS` in a row: 2**16, the first scale, is used up after 16.
+- a loss that is far above its running median for long: `NUM_HIGH` steps in a row above twice the median and more than
+  `HIGH_NATS` above it. The median is of the last `NUM_CALM` steps that were not high; the rule is silent before there are
+  `MIN_CALM`. Examples are shuffled, so noise or a hard part of the data does not raise that many steps in a row; where the user
+  turned shuffling off the rule is off as well.
+- a held-out loss that is not finite.
+"""
+
 import math
-import shutil
-import signal
-import time
-from pathlib import Path
-from types import FrameType
+from statistics import median
 from typing import Any
 
-from transformers import TrainerCallback
-
-from job.errors import DivergedError, PreemptedError
-from job.events import Evaluated, EventWriter, Saved, Stepped
-from job.keep.checkpoints import discard, seal, step_name
-from job.train.spec import TrainSpec
-
-
-class StopSignal:
-    """SIGTERM and SIGINT: at once while nothing can be lost, at the end of the step while training."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self.wait_for_step = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self.received = True
-        if not self.wait_for_step:
-            raise PreemptedError(f"stopped by {signal.Signals(number).name}")
+MAX_OVERFLOWS = 25
+NUM_HIGH = 25
+HIGH_NATS = 2.0
+NUM_CALM = 100
+MIN_CALM = 25
 
 
-class Watch(TrainerCallback):
-    """Steps, evaluations and checkpoints become events; time and signals become checkpoints."""
+class DivergenceError(Exception):
+    """The steps from `first_step` to `step` ruined the run, or were about to."""
 
-    def __init__(self, spec: TrainSpec, events: EventWriter, stop: StopSignal) -> None:
-        self._spec, self._events, self._stop = spec, events, stop
-        self._started = self._saved = time.monotonic()
-        self.last_evaluated: int | None = None
+    def __init__(self, what: str, *, first_step: int, step: int) -> None:
+        self.what, self.first_step, self.step = what, first_step, step
+        super().__init__(what)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._started = self._saved = time.monotonic()
-        self._stop.wait_for_step = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._stop.wait_for_step = False
+class LossGuard:
+    """Remembers what losses were like; goes into checkpoints, so that a resumed run judges as an undisturbed one would."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        steps, interval = self._spec.save_steps, self._spec.save_interval_seconds
-        due = state.global_step % steps == 0 if steps else time.monotonic() - self._saved >= interval
-        if due or self._stop.received or state.global_step >= state.max_steps:
-            control.should_save = True
-            control.should_log = True  # the loss is checked in on_log, which comes before the save
-        if self._stop.received:
-            control.should_training_stop = True
-            control.should_evaluate = False  # it would come before the save, and the grace may not last
+    def __init__(self, *, has_scaler: bool, is_shuffled: bool) -> None:
+        self.has_scaler, self._is_shuffled = has_scaler, is_shuffled
+        self._calm: list[float] = []
+        self._num_high = 0
+        self._num_overflows = 0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        if "eval_loss" in logs:
-            self.last_evaluated = state.global_step
-            self._events.write(Evaluated(step=state.global_step, eval_loss=logs["eval_loss"]))
-        if "loss" not in logs:
-            return
-        loss, norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
-        self._events.write(
-            Stepped(
-                step=state.global_step,
-                num_steps=state.max_steps,
-                loss=loss,
-                learning_rate=float(logs["learning_rate"]),
-                grad_norm=norm,
-                num_tokens=int(state.num_input_tokens_seen),
-                seconds=time.monotonic() - self._started,
-            )
-        )
+    def check(self, step: int, loss: float, norm: float) -> None:
+        """Judge one step. Raises DivergenceError."""
         # `nan > limit` is False: test for finiteness itself.
-        # In float16 a gradient that overflows is part of the method: the scaler skips the step and halves its scale.
-        if not (math.isfinite(loss) and (math.isfinite(norm) or args.fp16)):
-            raise DivergedError(
-                f"LEARNING_RATE={self._spec.train.learning_rate}: loss {loss}, gradient norm {norm} at step "
-                f"{state.global_step} is not finite; lower LEARNING_RATE, the last checkpoint before it is kept"
-            )
+        if not math.isfinite(loss):
+            raise DivergenceError(f"the loss is {loss}", first_step=step, step=step)
+        self._num_overflows = 0 if math.isfinite(norm) else self._num_overflows + 1
+        if self._num_overflows and not self.has_scaler:
+            raise DivergenceError(f"the gradient norm is {norm}", first_step=step, step=step)
+        if self._num_overflows >= MAX_OVERFLOWS:
+            what = f"the gradient norm is {norm} for the {MAX_OVERFLOWS}th step in a row"
+            raise DivergenceError(what, first_step=step - MAX_OVERFLOWS + 1, step=step)
+        usual = median(self._calm) if len(self._calm) >= MIN_CALM else math.inf
+        if self._is_shuffled and loss > 2 * usual and loss > usual + HIGH_NATS:
+            self._num_high += 1
+        else:
+            self._num_high = 0
+            self._calm = [*self._calm[1 - NUM_CALM :], loss]
+        if self._num_high >= NUM_HIGH:
+            what = f"the loss is {loss:.3g}, far above its running median of {usual:.3g} for {NUM_HIGH} steps"
+            raise DivergenceError(what, first_step=step - NUM_HIGH + 1, step=step)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Turn what the Trainer wrote into a whole checkpoint: manifest last, then one rename."""
-        begun = time.monotonic()
-        written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        target = self._spec.checkpoints_dir / step_name(state.global_step)
-        (written / "README.md").unlink(missing_ok=True)  # peft's card, with this machine's path in it
-        seal(written, state.global_step)
-        discard(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        written.rename(target)
-        self._saved = time.monotonic()
-        self._events.write(Saved(step=state.global_step, path=str(target), seconds=self._saved - begun))
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether the newest step may be one of a divergence: no moment for a periodic checkpoint."""
+        return self._num_high > 0 or self._num_overflows > 1
 
+    def state(self) -> dict[str, Any]:
+        return {"calm": list(self._calm), "num_high": self._num_high, "num_overflows": self._num_overflows}
 
-def saved_step(checkpoint: Path | None) -> int:
-    """The optimizer step that a checkpoint holds; 0 without one."""
-    if checkpoint is None:
-        return 0
-    state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-    return int(state["global_step"])
-
-
-def clear_scratch(folder: Path) -> None:
-    """Remove what a killed attempt left half written."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    def load(self, state: dict[str, Any]) -> None:
+        self._calm, self._num_high = list(state["calm"]), int(state["num_high"])
+        self._num_overflows = int(state["num_overflows"])

@@ -3,13 +3,16 @@
 What is not handled: several devices, mixture-of-experts layers that bitsandbytes leaves in 16 bits.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging
 
-from job.data.prepare import set_default_template
+from job.data.templates import set_template
 from job.errors import MachineError, Problem, SettingsError
 from job.settings import LoraSettings, ModelSettings
 from job.train.spec import TrainSpec
@@ -27,7 +30,7 @@ def pick_dtype(asked: str) -> torch.dtype:
 
 def load_tokenizer(spec: TrainSpec) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(spec.model_dir, trust_remote_code=spec.model.trust_remote_code)
-    set_default_template(tokenizer, spec.model.chat_template)
+    set_template(tokenizer, spec.model.chat_template)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -62,6 +65,29 @@ def load_model(spec: TrainSpec) -> Any:
         raise SettingsError([problem]) from error
     keep_gradients_after_evaluation(model)
     return model
+
+
+@contextmanager
+def told_while_loading(beat: Callable[[str], None]) -> Iterator[None]:
+    """Call `beat` with each weight that transformers loads, as its own progress bar would be."""
+
+    def count(bar: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        options["disable"] = True  # the bar itself would tear our lines apart
+        if arguments and isinstance(arguments[0], Iterable):
+            options.setdefault("total", len(arguments[0]) if isinstance(arguments[0], Sized) else None)
+            arguments = (tell(arguments[0], options["total"]), *arguments[1:])
+        return bar(*arguments, **options)
+
+    def tell(items: Iterable[Any], total: int | None) -> Iterator[Any]:
+        for number, item in enumerate(items, 1):
+            beat(f"loading weights, {number} of {total or '?'}")
+            yield item
+
+    before = logging.set_tqdm_hook(count)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def keep_gradients_after_evaluation(model: torch.nn.Module) -> None:

@@ -17,6 +17,8 @@ class FetchSpec(_Spec):
     model: ModelSettings
     models_dir: Path
     """Where converted models are cached."""
+    tokenizer_only: bool = False
+    """Leave the weights of a Hub model where they are."""
 
 
 class PrepareSpec(_Spec):
@@ -53,3 +55,11 @@ class TrainSpec(_Spec):
     save_steps: int | None
     expect_gpu: bool
     """Whether the driver showed a GPU; training on the CPU at a GPU's price is refused."""
+    activation_checkpointing: bool | None = None
+    """Instead of what the settings say, when memory forces it."""
+    activation_offloading: bool = False
+    """Keep activations in host memory between forward and backward: the last resort of a run out of memory."""
+    learning_rate_scale: float = 1.0
+    """LEARNING_RATE is multiplied by it from the first step of this attempt on, whatever the checkpoint says."""
+    skip_steps: tuple[int, ...] = ()
+    """Optimizer steps (the first is 1) whose examples are passed over: the step counts, nothing is learned."""

@@ -1,0 +1,118 @@
+"""TRL's SFTTrainer with four changes: whose checkpoints it writes and reads, which loss it computes for small vocabularies,
+that an evaluation leaves no trace in the random numbers, and that single steps can be passed over.
+"""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+from job.data.tokens import IGNORED
+from job.events import Phase
+from job.train.faults import Faults
+from job.train.state import load_adapter, load_optimizer, load_rng, put_rng, take_rng
+from job.train.watch import Watch
+
+PLAIN_LOGITS = 2**27
+"""Tokens x vocabulary up to which logits are computed whole: 512 MiB in fp32. Above, TRL's fused head never holds them; below,
+its tiles cost more than they save."""
+
+
+class Loop(SFTTrainer):
+    """One training loop, watched by `watch`."""
+
+    def __init__(self, *, watch: Watch, faults: Faults, skip_steps: tuple[int, ...] = (), **options: Any) -> None:
+        super().__init__(callbacks=[watch], **options)
+        self._watch, self._faults, self._skip_steps = watch, faults, frozenset(skip_steps)
+        self._step_loss, self._norm = torch.zeros((), device=self.args.device), torch.zeros(())
+        watch.trainer = self
+
+    @property
+    def is_skipping(self) -> bool:
+        """Whether the step under way is one that learns nothing."""
+        return self.state.global_step + 1 in self._skip_steps
+
+    def take_loss_and_norm(self) -> tuple[float, float]:
+        """(loss, gradient norm before clipping) of the step under way, in one wait for the device."""
+        norm = torch.as_tensor(self._norm, dtype=torch.float32, device=self._step_loss.device)
+        loss, norm = torch.stack([self._step_loss, norm]).tolist()
+        self._step_loss = torch.zeros_like(self._step_loss)
+        return loss, norm
+
+    def examples_of(self, first_step: int, last_step: int) -> list[int]:
+        """Indices in the training set of what these steps train on, in order; a step does not reach over an epoch's end."""
+        found = []
+        for step in range(first_step - 1, last_step):
+            batches = self.get_train_dataloader()
+            accumulation = self.args.gradient_accumulation_steps
+            num_steps = -(-len(batches) // accumulation)  # rounded up
+            batches.set_epoch(step // num_steps)
+            begin = step % num_steps * accumulation
+            found += [index for batch in islice(batches.batch_sampler, begin, begin + accumulation) for index in batch]
+        return found
+
+    # What follows is called by transformers.
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if return_outputs or inputs["input_ids"].numel() * vocabulary > PLAIN_LOGITS:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]  # (B, T-1)
+        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        counted = (labels != IGNORED).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        return loss / counted.clamp(min=1)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        step, is_last = self.state.global_step + 1, self.accelerator.sync_gradients
+        if self.is_skipping:
+            # Neither accelerate's optimizer nor a scaler moves without this.
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            return torch.zeros_like(self._step_loss)
+        self._faults.strike("step" if is_last else "micro", step, micro_batch=len(inputs["input_ids"]))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if is_last:
+            loss = self._faults.spoil(loss, step)
+        self._step_loss = self._step_loss + loss
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return torch.zeros(()) if self.is_skipping else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self._norm = super()._get_grad_norm(model, grad_norm)
+        return self._norm
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        rng, phase = take_rng(), self._watch.phase
+        self._watch.phase = Phase.EVALUATE
+        metrics: dict[str, float] = super().evaluate(*args, **options)
+        self._watch.phase = phase
+        put_rng(rng)
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._watch.save()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter(self, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_optimizer(self, Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Comes with the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_rng(Path(checkpoint))
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Our own card is written at the end; TRL's would name paths of this machine at every save."""
