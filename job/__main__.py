@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _job(command: str, flags: dict[str, str]) -> int:
+    for number in (signal.SIGTERM, signal.SIGINT):  # until StopRequest takes over: nothing is begun, nothing can be lost
+        signal.signal(number, lambda *_: sys.exit(PreemptedError.exit_status))
     configuration = read_settings(os.environ, flags)
     os.environ.update(configuration.library_environ)  # before any library reads it
     for warning in configuration.warnings:

@@ -52,13 +52,15 @@ class Run:
         stop: StopRequest,
     ) -> None:
         self._settings, self._run_id, self._store, self._work = settings, run_id, store, work
-        self._display = display
+        self._display, self._stop = display, stop
         self._record = Record(settings, run_id, store, work)
         self._stages = Stages(settings, store=store, work=work, environ=environ, display=display, stop=stop, record=self._record)
 
     def start(self) -> int:
         """Do whatever is left of the run; returns 0, or raises the JobError to exit with."""
-        if DONE in self._store.list(DONE):
+        with self._stop.at_once():
+            is_done = DONE in self._store.list(DONE)
+        if is_done:
             self._display.say(f"already done: {self._store.uri}; nothing to do")
             return 0
         with self._locked():
@@ -119,16 +121,16 @@ class Run:
             raise MachineError(f"RUN_ID={self._run_id}: another process on this machine is at it; wait for it") from None
 
     def _start(self) -> int:
-        trained = self._is_trained()
-        self._display.stage("checking the store and the Hub")
-        raise_first(check_everything(self._settings, self._store, self._work))
-        rate = self._settings.budget.gpu_hourly_rate
-        ledger = Ledger(self._store, self._work, price_usd_per_hour=rate)
-        if not ledger.past:  # a run that was deleted from the store starts over, whatever lies here
-            for left_over in ("checkpoints", "adapter", "data"):
-                shutil.rmtree(self._work / left_over, ignore_errors=True)
-        ledger.record()
-        self._write_json("settings.json", self._settings.without_secrets())
+        with self._stop.at_once():
+            trained = self._is_trained()
+            self._display.stage("checking the store and the Hub")
+            raise_first(check_everything(self._settings, self._store, self._work))
+            ledger = Ledger(self._store, self._work, price_usd_per_hour=self._settings.budget.gpu_hourly_rate)
+            if not ledger.past:  # a run that was deleted from the store starts over, whatever lies here
+                for left_over in ("checkpoints", "adapter"):
+                    shutil.rmtree(self._work / left_over, ignore_errors=True)
+            ledger.record()
+            self._write_json("settings.json", self._settings.without_secrets())
         stopped, error = Stopped.FINISHED, None
         try:
             if not trained:
@@ -162,14 +164,19 @@ class Run:
     def _deliver(self, report: Report) -> int:
         if target := self._settings.publish.hub_model_id:
             self._display.stage(f"publishing to {target}")
-        report = deliver(
-            report,
-            self._settings,
-            store=self._store,
-            adapter=self._work / ADAPTER,
-            redact=self._display.redact,
-            put_report=self._put_report,
-        )
+        try:
+            with self._stop.at_once():
+                report = deliver(
+                    report,
+                    self._settings,
+                    store=self._store,
+                    adapter=self._work / ADAPTER,
+                    redact=self._display.redact,
+                    put_report=self._put_report,
+                )
+        except PreemptedError as error:
+            self._put_report(report.model_copy(update={"exit_status": error.exit_status, "reason": str(error)}))
+            raise
         self._write_json(DONE, {"run_id": self._run_id})
         where = self._store.uri
         self._display.say(summarise(report, adapter=f"{where}/{ADAPTER}", report_file=f"{where}/{REPORT}"))

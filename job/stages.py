@@ -62,7 +62,9 @@ class Stages:
         fingerprint = data_fingerprint(self._settings)
         work = self._settings.keep.work_dir.expanduser().absolute()
         folder, name = work / "data" / fingerprint, f"data/{fingerprint}"
-        if not self._restore_prepared(folder, name):
+        with self._stop.at_once():
+            is_there = self._restore_prepared(folder, name)
+        if not is_there:
             self._display.stage("preparing the data")
             spec = PrepareSpec(
                 data=self._settings.data,
@@ -75,9 +77,10 @@ class Stages:
             )
             s3 = tuple(name for name in self._secrets if name.startswith("AWS_"))
             self._child("prepare", spec, allowed=("HF_TOKEN", *s3))
-            delete_folder(self._store, name)
-            put_folder(self._store, folder, name)
-            write_text(self._store, TALLY, (folder / TALLY).read_text("utf-8"), self._work)
+            with self._stop.at_once():
+                delete_folder(self._store, name)
+                put_folder(self._store, folder, name)
+                write_text(self._store, TALLY, (folder / TALLY).read_text("utf-8"), self._work)
         tally = self._record.tally = load_tally(folder)
         for line in describe(tally):
             self._display.say(line)

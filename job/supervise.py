@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -47,11 +47,33 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.count = 0
+        self._asked_at, self._raises = 0.0, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self.count == 0:
+            self._asked_at = time.monotonic()
         self.count += 1
+        if self._raises:
+            self._raises = False  # what puts things away after it is not interrupted again
+            self.check()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal raises PreemptedError wherever the main thread stands: in a download, an upload, a request."""
+        self.check()
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
+
+    def seconds_left(self, grace_seconds: float) -> float:
+        """What is left of the grace since the first signal: all of it while there was none, nothing after a second one."""
+        if self.count > 1:
+            return 0.0
+        return grace_seconds if self.count == 0 else max(0.0, self._asked_at + grace_seconds - time.monotonic())
 
     def check(self) -> None:
         """Raise PreemptedError when a stop was asked for."""

@@ -13,13 +13,21 @@ from typing import Any
 from job.deliver.finish import ADAPTER
 from job.deliver.record import Record
 from job.display import Display
-from job.errors import DivergedError, JobError, NetworkError, PlanError
-from job.events import Event, Failed, Saved, Stopped
-from job.keep.checkpoints import drop_after, restore_latest
+from job.errors import DataError, DivergedError, JobError, NetworkError, PlanError
+from job.events import Ended, Event, Failed, Saved, Stopped
+from job.keep.checkpoints import (
+    CHECKPOINTS,
+    MANIFEST,
+    DamagedError,
+    drop_after,
+    get_folder,
+    restore_latest,
+    step_name,
+)
 from job.keep.interval import DEFAULT_MEAN_SECONDS_BETWEEN_FAILURES, mean_seconds_between_failures, save_interval_seconds
 from job.keep.ledger import Ledger
 from job.keep.mirror import Mirror
-from job.keep.store import Store
+from job.keep.store import MissingError, Store
 from job.plan.forecast import Plan
 from job.plan.hardware import find_gpus, one_gpu
 from job.plan.retreat import MAX_ROLLBACKS, Fit, Rollback, leaner, roll_back
@@ -31,6 +39,7 @@ HEARTBEAT_SECONDS = 30.0
 MAX_HANGS = 1
 SAVE_SECONDS = 5.0
 """What a save is taken to cost until one was measured: 250 MB of adapter and optimizer on a disk of 50 MB/s."""
+WEIGHTS = "adapter_model.safetensors"
 CPU_ENVIRON = {"TORCHDYNAMO_DISABLE": "1"}
 """Compiling for a CPU takes longer than it saves in a run as short as one does there."""
 
@@ -64,6 +73,7 @@ class Training:
         self._mirror = self._new_mirror()
         self._rollback = Rollback.model_validate(ledger.learned("rollback") or {})
         self._num_hangs = 0
+        self._best_step: int | None = None
 
     def run(self, data_dir: Path, plan: Plan) -> None:
         """Train to the last step.
@@ -82,18 +92,32 @@ class Training:
             except ChildFailedError as failure:
                 fit = self._recover(failure, fit, has_gpu=bool(gpus))
         self._ledger.record(last_step=self._record.last_step)
+        if self._best_step is not None:
+            self._take_best(self._best_step)
+
+    def _take_best(self, step: int) -> None:
+        """Put the weights of the checkpoint with the lowest held-out loss in place of the last ones."""
+        name = step_name(step)
+        folder = self._checkpoints / name
+        try:
+            if not (folder / MANIFEST).is_file():  # an earlier attempt saved it, on another machine
+                get_folder(self._store, f"{CHECKPOINTS}/{name}", folder)
+            shutil.copyfile(folder / WEIGHTS, self._work / ADAPTER / WEIGHTS)
+        except (MissingError, DamagedError) as error:
+            raise DataError(f"EARLY_STOPPING_PATIENCE: the best checkpoint, of step {step}, is gone ({error})") from error
+        self._display.say(f"stopped early: the adapter is that of step {step}, with the lowest held-out loss")
 
     def on_event(self, event: Event) -> None:
+        if isinstance(event, Ended):
+            self._best_step = event.best_step
         if isinstance(event, Saved):
             self._mirror.offer(event.step)
             self._ledger.current.notes["save_seconds"] = event.seconds  # written with the next beat
 
     def confirm(self) -> None:
         """The newest checkpoint is in the store, or NetworkError."""
-        if self._stop.count:
-            self._mirror.finish(self._settings.keep.grace_seconds)
-        else:
-            self._mirror.finish(stopped=lambda: bool(self._stop.count))
+        left = self._stop.seconds_left(self._settings.keep.grace_seconds)
+        self._mirror.finish(left, stopped=lambda: bool(self._stop.count))
 
     def _new_mirror(self) -> Mirror:
         return Mirror(
@@ -117,7 +141,8 @@ class Training:
 
     def _start(self, data_dir: Path, plan: Plan, fit: Fit, *, num_gpus: int) -> None:
         keep = self._settings.keep
-        resume_from = restore_latest(self._store, self._checkpoints, lambda text: self._display.say(f"warning: {text}"))
+        with self._stop.at_once():
+            resume_from = restore_latest(self._store, self._checkpoints, lambda text: self._display.say(f"warning: {text}"))
         first_step = int(resume_from.name.removeprefix("step-")) if resume_from else 0
         if self._ledger.current.first_step is None:
             self._ledger.record(first_step=first_step, last_step=first_step)

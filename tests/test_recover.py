@@ -99,3 +99,16 @@ def test_a_trainer_that_hangs_twice_exits_5(job: Job) -> None:
     assert not [
         process for process in psutil.process_iter(["cmdline"]) if str(job.folder) in " ".join(process.info["cmdline"] or ())
     ]
+
+
+def test_a_run_that_overfits_stops_early_and_delivers_its_best_checkpoint(job: Job) -> None:
+    overfitting = {"MAX_STEPS": "60", "NUM_TRAIN_EPOCHS": "60", "LEARNING_RATE": "0.05", "EVAL_STEPS": "3", "EVAL_FRACTION": "0.4"}
+    status, output = job.run("run", EARLY_STOPPING_PATIENCE="2", SAVE_STEPS="1000", LR_SCHEDULER_TYPE="constant", **overfitting)
+    assert status == 0, output
+    report = job.report()
+    losses = {row["step"]: row["eval_loss"] for row in report["evaluations"] if row["step"] > 0}
+    best = int(min(losses, key=lambda step: losses[step]))
+    assert report["chosen"] == {"step": best, "eval_loss": losses[best]}
+    assert best < max(losses) < 60
+    kept = (job.kept / f"checkpoints/step-{best:06d}/adapter_model.safetensors").read_bytes()
+    assert (job.kept / "adapter/adapter_model.safetensors").read_bytes() == kept

@@ -216,6 +216,22 @@ def s3() -> Iterator[tuple[str, Any]]:
     server.stop()
 
 
+def test_a_signal_while_publishing_stops_at_once_and_publish_finishes_it(job: Job) -> None:
+    with HubServer({TOKEN: "tester"}) as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(job.folder / "hf"), "HF_TOKEN": TOKEN}
+        settings["HUB_MODEL_ID"] = "tester/tuned"
+        hub.fail("POST", r"/commit/", status=503, times=50)
+        process = job.start("run", **settings)
+        wait_for(lambda: any("/commit/" in request.path for request in hub.requests), process)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 75, output
+        assert job.report()["exit_status"] == 75 and not (job.kept / "DONE").exists()
+        hub.faults.clear()
+        assert job.run("publish", **settings)[0] == 0
+        assert job.report()["exit_status"] == 0 and len(job.report()["attempts"]) == 2
+
+
 def newest_step(client: Any) -> int:
     """The newest checkpoint, once the server is done with what a killed process had sent already."""
     before: set[str] | None = None

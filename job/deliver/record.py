@@ -1,7 +1,6 @@
 """Events of a run in, its metrics and its report out: what is known of a run, over all its attempts."""
 
 import json
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from job.deliver.report import Chosen, Happening, Report, count_actual, find_ver
 from job.errors import JobError
 from job.events import Ended, Evaluated, Event, Fetched, Loaded, Sampled, Stepped, Stopped, metrics_row
 from job.keep.ledger import Ledger
-from job.keep.store import MissingError, Store, read_text, write_text
+from job.keep.store import MissingError, Store, read_json_lines, read_text, write_text
 from job.plan.forecast import Plan
 from job.settings import Settings
 
@@ -27,6 +26,7 @@ class Record:
         self._happenings: list[Happening] = []
         self._device: str | None = None
         self._peak_memory_bytes: int | None = None
+        self._best_step: int | None = None
         self.model_dir = Path()
         self.revision: str | None = None
         self.plan: Plan | None = None
@@ -50,7 +50,7 @@ class Record:
             case Sampled():
                 self._samples.append(event)
             case Ended():
-                self._peak_memory_bytes = event.peak_memory_bytes
+                self._peak_memory_bytes, self._best_step = event.peak_memory_bytes, event.best_step
 
     def happened(self, text: str) -> None:
         """Something that whoever reads the report should know."""
@@ -64,13 +64,10 @@ class Record:
 
     def _load_metrics(self) -> None:
         try:
-            text = read_text(self._store, METRICS, self._work)
+            rows, _ = read_json_lines(self._store, METRICS, self._work)  # a line that a dying machine cut short is left out
         except MissingError:
             return
-        for line in text.splitlines():
-            with suppress(ValueError):  # a line that a dying machine cut short
-                row = json.loads(line)
-                self._rows[row["step"]] = row
+        self._rows = {row["step"]: row for row in rows}
 
     def put_metrics(self) -> None:
         if not self._rows:
@@ -93,7 +90,8 @@ class Record:
         steps = [row for row in rows if "loss" in row]
         evaluations = [{"step": row["step"], "eval_loss": row["eval_loss"]} for row in rows if "eval_loss" in row]
         last_step = int(steps[-1]["step"]) if steps else 0
-        last_loss = next((row["eval_loss"] for row in evaluations if row["step"] == last_step), None)
+        chosen = self._best_step or last_step
+        chosen_loss = next((row["eval_loss"] for row in evaluations if row["step"] == chosen), None)
         return Report(
             run_id=self._run_id,
             plan=self.plan,
@@ -106,7 +104,7 @@ class Record:
             ),
             data=self.tally,
             evaluations=evaluations,
-            chosen=Chosen(step=last_step, eval_loss=last_loss) if error is None else None,
+            chosen=Chosen(step=chosen, eval_loss=chosen_loss) if error is None else None,
             publication=None,
             samples=self._samples,
             model={"id": self._settings.model.model_id, "revision": self.revision},
