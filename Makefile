@@ -8,6 +8,7 @@
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	"$$python" -c "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))" >/dev/null 2>&1 && echo "$$python" && break; done)
 PIP_VERSION := 26.3
+TEST_PROCESSES ?= 2
 BIN := .venv/bin
 # Folders that the linters look at when they exist.
 SOURCES := job tests $(wildcard runpod benchmarks)
@@ -29,7 +30,7 @@ smoke: install ## fine-tune a 135M model on this machine, from settings to repor
 	RECIPE=smoke $(BIN)/python -m job run
 
 test: install ## run the tests and report the coverage of job/
-	$(BIN)/python -m pytest -q --cov=job --cov-report=term
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal --cov=job --cov-report=term
 
 check: install ## what CI runs: format, lint, types, shell, Dockerfile, tests
 	$(BIN)/ruff format --check

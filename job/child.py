@@ -61,7 +61,14 @@ def _run(stage: str, spec: str, events: EventWriter, stop: StopSignal) -> int:
     elif stage == "prepare":
         from job.prepared import make_prepared
 
-        make_prepared(PrepareSpec.model_validate_json(spec), events)
+        try:
+            make_prepared(PrepareSpec.model_validate_json(spec), events)
+        except Exception as error:
+            stop.hold()  # the last word is not to be torn
+            if stop.received is None:
+                raise
+            # What stopped it may have come out of a library as an error of its own.
+            raise PreemptedError(f"stopped by {stop.received}") from error
     else:
         from job.train.trainer import train
 

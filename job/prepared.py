@@ -1,28 +1,36 @@
 """Prepared data as a folder that is whole or absent, shared by all runs on this machine that ask for the same data.
 
-What it is named after (`data_fingerprint`) covers the settings, the tokenizer and the content of local files. What lies elsewhere
-can move on without a change of name, so its revision is asked again before another run may use what one has prepared.
+What it is named after (`data_fingerprint`) covers the settings and the content of local files. What lies elsewhere can move on
+without a change of name, so its revision is asked again before another run may use what one has prepared; and what else it was
+made with (the tokenizer's files, the language detector, this program) is written down beside it (`origin.json`) and compared.
 """
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from job.data.prepare import prepare
+from job.data.prepare import DROPPED, prepare
+from job.data.shards import VERSION
 from job.data.sources import open_source
 from job.data.tally import load_tally
 from job.data.templates import set_template
-from job.errors import Problem, SettingsError
+from job.errors import DataError, Problem, SettingsError
 from job.events import EventWriter, Progress
 from job.keep.checkpoints import MANIFEST, DamagedError, check, discard, seal
 from job.keep.store import Store, read_text
 from job.settings import DatasetSpec, Where
 from job.train.spec import PrepareSpec
 
-DROPPED = "dropped.jsonl"
+__all__ = ["DROPPED", "is_same", "locked", "make_prepared"]
+
+ORIGIN = "origin.json"
+_WAIT_SECONDS = 2.0
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.jinja", "*.model")
 
 
 def make_prepared(spec: PrepareSpec, events: EventWriter) -> None:
@@ -30,13 +38,14 @@ def make_prepared(spec: PrepareSpec, events: EventWriter) -> None:
 
     Raises:
         SettingsError: the tokenizer cannot be loaded.
-        DataError, NetworkError, MachineError: as `prepare`.
+        DataError, NetworkError, MachineError: as `prepare`; DataError too when a file changed meanwhile.
     """
-    with locked(spec.folder):
+    with locked(spec.folder, lambda: events.write(Progress(text="waiting for another run that prepares the same data"))):
         if _is_current(spec):
             events.write(Progress(text="the data was prepared before"))
             return
         partial = spec.folder.with_name(f"{spec.folder.name}.partial")  # keeps the shards of an interrupted start
+        before, origin = _states(spec), _origin(spec)
         prepare(
             spec.data,
             _load_tokenizer(spec),
@@ -45,16 +54,35 @@ def make_prepared(spec: PrepareSpec, events: EventWriter) -> None:
             seed=spec.seed,
             report_progress=lambda text, done: events.write(Progress(text=text, done=done)),
         )
+        after = _states(spec)
+        if changed := [str(path) for path in before | after if before.get(path) != after.get(path)]:
+            names = ", ".join(changed[:5])
+            raise DataError(f"DATASETS: {names} changed while the data was prepared; start again when nothing writes there")
+        (partial / ORIGIN).write_text(origin, "utf-8")
         seal(partial, step=0)
+        if _is_whole(spec.folder) and (spec.folder / MANIFEST).read_bytes() == (partial / MANIFEST).read_bytes():
+            discard(partial)  # another run may be training from what is there
+            return
         discard(spec.folder)
         partial.replace(spec.folder)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """No other process on this machine prepares or downloads the folder meanwhile."""
+def locked(folder: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """No other process on this machine prepares or downloads the folder meanwhile.
+
+    Args:
+        on_wait: called every two seconds while another one does; what it raises ends the wait.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    while True:
+        try:
+            held = lock.acquire(timeout=_WAIT_SECONDS)
+            break
+        except Timeout:
+            on_wait()
+    with held:
         yield
 
 
@@ -65,24 +93,47 @@ def is_same(store: Store, name: str, folder: Path) -> bool:
         MissingError: the store holds none.
     """
     text = read_text(store, f"{name}/{MANIFEST}", folder.parent)
+    return _is_whole(folder) and (folder / MANIFEST).read_text("utf-8") == text
+
+
+def _is_whole(folder: Path) -> bool:
     try:
         check(folder)
     except DamagedError:
         return False
-    return (folder / MANIFEST).read_text("utf-8") == text
+    return True
 
 
 def _is_current(spec: PrepareSpec) -> bool:
-    if not (spec.folder / MANIFEST).is_file() or (spec.data.keep_dropped and not (spec.folder / DROPPED).is_file()):
+    if not _is_whole(spec.folder) or (spec.data.keep_dropped and not (spec.folder / DROPPED).is_file()):
         return False
-    try:
-        check(spec.folder)
-    except DamagedError:
+    if not (spec.folder / ORIGIN).is_file() or (spec.folder / ORIGIN).read_text("utf-8") != _origin(spec):
         return False
     revisions = {source.source: source.revision for source in load_tally(spec.folder).sources}
     return all(
         _is_unmoved(one, revisions.get(str(one)), spec.cache_dir) for one in (*spec.data.eval_datasets, *spec.data.datasets)
     )
+
+
+def _origin(spec: PrepareSpec) -> str:
+    """What the prepared data depends on and its folder's name does not tell, as JSON."""
+    files = sorted({path for pattern in _TOKENIZER_FILES for path in spec.model_dir.glob(pattern) if path.is_file()})
+    made_with = {"version": str(VERSION)} | {path.name: _digest(path) for path in files}
+    if (detector := Path(spec.data.language_model).expanduser()).is_file():
+        made_with["language_model"] = _digest(detector)
+    return json.dumps(made_with, indent=1)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _states(spec: PrepareSpec) -> dict[Path, tuple[int, int]]:
+    """Size and time of change of every local data file."""
+    local = (one for one in (*spec.data.eval_datasets, *spec.data.datasets) if one.kind in (Where.LOCAL, Where.PACKAGE))
+    files = (path for one in local for path in one.local_files().values())
+    return {path: ((found := path.stat()).st_size, found.st_mtime_ns) for path in files}
 
 
 def _is_unmoved(spec: DatasetSpec, revision: str | None, cache_dir: Path) -> bool:

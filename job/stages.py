@@ -90,7 +90,7 @@ class Stages:
         """Whether the data that this run has prepared before lies in `folder` now."""
         if self._settings.data.keep_dropped and f"{name}/{DROPPED}" not in self._store.list(f"{name}/{DROPPED}"):
             return False
-        with locked(folder):
+        with locked(folder, self._display.heartbeat):
             try:
                 if is_same(self._store, name, folder):
                     return True

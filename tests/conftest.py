@@ -17,14 +17,12 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers with random weights and a byte-level tokenizer, as a folder."""
+def write_tiny_model(folder: Path) -> Path:
+    """A Llama of two layers with random weights and a byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -55,12 +53,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 short conversations as JSON lines."""
-    path = tmp_path_factory.mktemp("data") / "conversations.jsonl"
-    rows = [{"prompt": f"What follows {number}?", "completion": f"{number + 1} follows."} for number in range(64)]
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+def write_conversations(path: Path, count: int) -> Path:
+    """Short conversations as JSON lines."""
+    rows = [{"prompt": f"What follows {number}?", "completion": f"{number + 1} follows."} for number in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("data") / "conversations.jsonl", 64)
 
 
 class Job:

@@ -9,7 +9,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
@@ -41,7 +42,7 @@ class Fault:
     times: int = 1
     headers: tuple[tuple[str, str], ...] = ()
     seconds: float = 30.0
-    """How long a `hang` lasts at most."""
+    """How long a `hang` lasts at most; `clear` ends it."""
 
 
 class FaultProxy:
@@ -57,6 +58,7 @@ class FaultProxy:
         """Before each answer."""
         self.bytes_per_second = 0.0
         """Of a request's body; 0 is as fast as it goes."""
+        self._num_open = 0
         self._server: ThreadingHTTPServer | None = None
         self.port = 0
         self._open = threading.Event()
@@ -100,6 +102,21 @@ class FaultProxy:
     def is_open(self) -> bool:
         return self._open.is_set()
 
+    @property
+    def num_open(self) -> int:
+        """Requests under way: what a killed client had sent to its end may still reach the server."""
+        return self._num_open
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        with self._lock:
+            self._num_open += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_open -= 1
+
     def take(self, method: str, path: str) -> Fault | None:
         with self._lock:
             self.requests.append(f"{method} {path}")
@@ -108,6 +125,11 @@ class FaultProxy:
                     fault.times -= 1
                     return fault
         return None
+
+    def hang(self, fault: Fault) -> None:
+        deadline = time.monotonic() + fault.seconds
+        while time.monotonic() < deadline and fault in self._faults:
+            time.sleep(0.05)
 
     def forward(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection(*self._upstream, timeout=60)
@@ -142,6 +164,10 @@ def _handler(proxy: FaultProxy) -> Callable[..., BaseHTTPRequestHandler]:
                 self.close_connection = True
 
         def _handle(self) -> None:
+            with proxy.counted():
+                self._pass_on()
+
+        def _pass_on(self) -> None:
             fault = proxy.take(self.command, self.path)
             length = int(self.headers.get("Content-Length") or 0)
             if fault is not None and fault.kind == "reset":
@@ -154,7 +180,7 @@ def _handler(proxy: FaultProxy) -> Callable[..., BaseHTTPRequestHandler]:
                 self.close_connection = True
                 return
             if fault is not None and fault.kind == "hang":
-                time.sleep(fault.seconds)
+                proxy.hang(fault)
                 self.close_connection = True
                 return
             if fault is not None and fault.kind == "error":

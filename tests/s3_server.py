@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.request import Request, urlopen
 
 import boto3
 from fault_proxy import FaultProxy
@@ -35,6 +36,8 @@ def s3_server() -> Iterator[S3Server]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    # moto keeps its buckets for the life of the process: what an earlier test put there is not to be found here.
+    urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST"), timeout=10).close()
     client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **KEYS)
     client.create_bucket(Bucket=BUCKET)
     try:

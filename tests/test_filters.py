@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,12 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_ordinary_replies_are_not_repetitive(name: str) -> None:
     assert reason_for(chat("q", KEPT[name])) is None
+
+
+def test_a_long_run_of_blanks_inside_a_reply_is_judged_quickly() -> None:
+    started = time.perf_counter()
+    drop_repetitive(chat("q", "word" + " " * 200_000 + "word"))
+    assert time.perf_counter() - started < 5
 
 
 def test_five_megabytes_without_a_blank_are_judged_quickly() -> None:

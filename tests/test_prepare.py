@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,10 @@ from job.data.tally import Tally, load_tally
 from job.data.templates import set_template
 from job.data.tokens import IGNORED
 from job.errors import DataError
+from job.events import EventWriter, Progress, read_events
+from job.prepared import locked, make_prepared
 from job.settings import DataSettings
+from job.train.spec import PrepareSpec
 
 END = "<|im_end|>"
 TEXTS = [
@@ -658,3 +662,161 @@ def test_too_many_examples_with_nothing_to_learn_are_refused_with_the_longest(tm
         prepare_in(tmp_path / "out", path, max_length=64, overlong="truncate")
     tally = prepare_in(tmp_path / "again", path, max_length=64, overlong="truncate", max_unlearned=0.5)
     assert tally.sources[0].dropped == {"nothing_to_learn": 10}
+
+
+# Limits reach every source, and what they leave out is told
+
+
+def test_interleaving_a_wanted_number_takes_some_of_every_source(tmp_path: Path) -> None:
+    files = [write_jsonl(tmp_path / f"{n}.jsonl", [pair(f"{n} {m}", f"Answer {n} {m}") for m in range(30)]) for n in range(30)]
+    tally = prepare_in(tmp_path / "out", *files, mix="interleave", max_samples=40, eval_fraction=0)
+    assert tally.num_train == 40 and {source.num_kept for source in tally.sources} == {1, 2} and len(tally.sources) == 30
+    tally = prepare_in(tmp_path / "few", *files, mix="interleave", max_samples=10, eval_fraction=0)
+    assert tally.num_train == 10, "never more than was asked for"
+
+
+def test_interleaving_a_wanted_number_of_tokens_keeps_the_proportion_of_the_rows(tmp_path: Path) -> None:
+    short = write_jsonl(tmp_path / "short.jsonl", [pair(f"F{n}", f"first {n}") for n in range(900)])
+    long = write_jsonl(tmp_path / "long.jsonl", [pair(f"S{n}", f"second {n} " + "word " * 40) for n in range(900)])
+    tally = prepare_in(tmp_path / "out", f"{short}?weight=2", long, mix="interleave", max_tokens=9000, eval_fraction=0)
+    first, second = (source.num_kept for source in tally.sources)
+    assert abs(first - 2 * second) <= 1
+    assert 9000 <= tally.num_train_tokens < 9000 + tally.longest_tokens
+
+
+def test_a_source_that_a_limit_left_unread_stands_in_the_tally_and_is_warned_of(tmp_path: Path) -> None:
+    first, second = two_sources(tmp_path, 20, 20)
+    tally = prepare_in(tmp_path / "out", first, second, max_samples=15, eval_fraction=0)
+    assert [source.num_rows for source in tally.sources] == [15, 0]
+    assert "MAX_SAMPLES=15 was reached before" in tally.warnings[0] and str(second) in tally.warnings[0]
+
+
+def test_what_a_weight_leaves_is_what_min_samples_counts(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", many_pairs(300))
+    with pytest.raises(DataError, match=r"MIN_SAMPLES=50: only 3 examples survive \(297 not_sampled\)"):
+        prepare_in(tmp_path / "out", f"{path}?weight=0.01", min_samples=50)
+
+
+def test_a_source_of_which_nothing_is_kept_is_warned_of(tmp_path: Path) -> None:
+    empty = write_jsonl(tmp_path / "empty.jsonl", [pair("q", "")] * 3)
+    good = write_jsonl(tmp_path / "good.jsonl", many_pairs(9))
+    assert "no held-out loss" in prepare_in(tmp_path / "out", good, eval_datasets=str(empty)).warnings[0]
+    assert "nothing of it is trained on" in prepare_in(tmp_path / "again", good, empty, mix="interleave").warnings[0]
+    same = write_jsonl(tmp_path / "same.jsonl", [pair("q", "same")] * 9)
+    assert "all examples say the same" in prepare_in(tmp_path / "same", same, dedup="off").warnings[0]
+
+
+# What an interrupted start leaves behind
+
+
+def test_half_a_surrogate_pair_in_a_dropped_row_is_written_as_an_escape(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [pair("\ud800", "b"), *many_pairs(9)])
+    prepare_in(tmp_path / "out", path, keep_dropped=True)
+    [line] = (tmp_path / "out/dropped.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line)["raw"]["prompt"] == "\ud800" and json.loads(line)["reason"] == "malformed"
+
+
+def test_dropped_rows_of_an_interrupted_start_do_not_pass_for_those_of_the_next(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [pair("q", ""), *many_pairs(9)])
+    with pytest.raises(DataError, match="MIN_SAMPLES"):
+        prepare_in(tmp_path / "out", path, keep_dropped=True, min_samples=50)
+    prepare_in(tmp_path / "out", path)
+    assert not (tmp_path / "out/dropped.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_length": 64}, {"learn": "all"}, {"system_prompt": "Be brief."}, {"tokenizer": build_tokenizer(template=FORGETFUL)}],
+)
+def test_a_shard_that_was_made_by_other_rules_is_made_again(tmp_path: Path, changes: dict[str, Any]) -> None:
+    talk = as_turns("Who?", "<think>Hm.</think>I.", "Why?", "Because " + "word " * 40)
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [*({"messages": as_turns(f"Q{n}", f"A{n}")} for n in range(9)), {"messages": talk}]
+    )
+    with pytest.raises(DataError, match="MIN_SAMPLES"):
+        prepare_in(tmp_path / "out", path, min_samples=50)
+    prepare_in(tmp_path / "out", path, **changes)
+    prepare_in(tmp_path / "fresh", path, **changes)
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "fresh")
+
+
+def test_a_chunk_whose_columns_are_read_differently_now_is_made_again(tmp_path: Path) -> None:
+    rows = [{"question": f"Q{n}", "response": f"first {n}"} for n in range(1000)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows + [{**row, "answer": f"second {n}"} for n, row in enumerate(rows)])
+    with pytest.raises(DataError, match="MIN_SAMPLES"):
+        prepare_in(tmp_path / "out", path, min_samples=9999)
+    write_jsonl(
+        path, [{**rows[0], "answer": "Now"}, *rows[1:], *({**row, "answer": f"second {n}"} for n, row in enumerate(rows))]
+    )
+    tally = prepare_in(tmp_path / "out", path)
+    assert tally.sources[0].dropped == {"malformed": 999} and tally.sources[0].num_kept == 1001
+    learned = {text for piece in load_rows(tmp_path / "out") for text in learned_texts(piece)}
+    assert learned == {f"Now{END}", *(f"second {n}{END}" for n in range(1000))}
+
+
+# A folder that is whole or absent
+
+
+def spec_of(tmp_path: Path, *datasets: Path, **changes: Any) -> PrepareSpec:
+    model = tmp_path / "model"
+    if not model.exists():
+        TOKENIZER.save_pretrained(model)
+    data = DataSettings.model_validate({"datasets": "\n".join(map(str, datasets)), "dataset_num_proc": 1, **changes})
+    return PrepareSpec(
+        data=data,
+        model_dir=model,
+        chat_template=None,
+        trust_remote_code=False,
+        folder=tmp_path / "data" / "abc",
+        cache_dir=tmp_path / "cache",
+        seed=1,
+    )
+
+
+def progress_of(spec: PrepareSpec) -> list[str]:
+    """What a preparation says while it makes its folder."""
+    reading, writing = os.pipe()
+    try:
+        make_prepared(spec, EventWriter(writing))
+    finally:
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            said = [event.text for event in read_events(pipe) if isinstance(event, Progress)]
+    return said
+
+
+def test_what_was_prepared_is_used_again_until_the_tokenizer_changes(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, write_jsonl(tmp_path / "rows.jsonl", many_pairs(30)))
+    assert "the data was prepared before" not in progress_of(spec)
+    assert progress_of(spec) == ["the data was prepared before"]
+    before = tree_digest(spec.folder)
+    build_tokenizer(template=FORGETFUL.replace("user", "USER ")).save_pretrained(spec.model_dir)
+    (spec.model_dir / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert "the data was prepared before" not in progress_of(spec)
+    assert tree_digest(spec.folder) != before
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", many_pairs(30))
+    spec = spec_of(tmp_path, path)
+
+    class _Appending(EventWriter):
+        def write(self, event: Any) -> None:
+            with path.open("a") as file:
+                file.write(json.dumps(pair("late", "too late")) + "\n")
+
+    with pytest.raises(DataError, match=r"rows.jsonl changed while the data was prepared"):
+        make_prepared(spec, _Appending(None))
+    assert not spec.folder.exists()
+    assert progress_of(spec) and load_tally(spec.folder).sources[0].num_rows > 30
+
+
+def test_who_waits_for_another_run_says_so_and_then_uses_its_data(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path, write_jsonl(tmp_path / "rows.jsonl", many_pairs(30)))
+    said: list[str] = []
+    with locked(spec.folder):
+        waiting = threading.Thread(target=lambda: said.extend(progress_of(spec)))
+        waiting.start()
+        time.sleep(2.5)
+    waiting.join()
+    assert said[0] == "waiting for another run that prepares the same data" and spec.folder.is_dir()

@@ -86,14 +86,14 @@ def test_a_run_that_diverges_again_and_again_exits_7_and_names_the_examples(job:
 
 
 def test_a_trainer_that_hangs_leaves_its_stacks_and_is_started_once_more(job: Job) -> None:
-    status, output = job.run("run", JOB_FAULT="hang@6", HANG_SECONDS="20")
+    status, output = job.run("run", JOB_FAULT="hang@6", HANG_SECONDS="30")
     assert status == 0, output
     assert "_strike" in (job.kept / "stacks.txt").read_text("utf-8")
     assert len(job.report()["happenings"]) == 1
 
 
 def test_a_trainer_that_hangs_twice_exits_5(job: Job) -> None:
-    status, output = job.run("run", JOB_FAULT="hang@6*", HANG_SECONDS="15")
+    status, output = job.run("run", JOB_FAULT="hang@6*", HANG_SECONDS="30")
     assert status == 5, output
     assert job.report()["stopped"] == "crashed"
     assert not [
@@ -102,7 +102,13 @@ def test_a_trainer_that_hangs_twice_exits_5(job: Job) -> None:
 
 
 def test_a_run_that_overfits_stops_early_and_delivers_its_best_checkpoint(job: Job) -> None:
-    overfitting = {"MAX_STEPS": "60", "NUM_TRAIN_EPOCHS": "60", "LEARNING_RATE": "0.05", "EVAL_STEPS": "3", "EVAL_FRACTION": "0.4"}
+    overfitting = {
+        "MAX_STEPS": "60",
+        "NUM_TRAIN_EPOCHS": "60",
+        "LEARNING_RATE": "0.05",
+        "EVAL_STEPS": "3",
+        "EVAL_FRACTION": "0.4",
+    }
     status, output = job.run("run", EARLY_STOPPING_PATIENCE="2", SAVE_STEPS="1000", LR_SCHEDULER_TYPE="constant", **overfitting)
     assert status == 0, output
     report = job.report()

@@ -18,6 +18,7 @@ import psutil
 import pytest
 from conftest import ROOT, Job, small_run
 from hub_server import HubServer
+from s3_server import KEYS, s3_server
 
 TOKEN = "hf_plantedtoken0123456789"
 AWS_SECRET = "planted/aws/secret/0123456789"
@@ -197,23 +198,9 @@ def test_a_loss_that_is_not_finite_exits_7(job: Job) -> None:
 
 @pytest.fixture
 def s3() -> Iterator[tuple[str, Any]]:
-    """(endpoint, client) of an S3 server with a bucket."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    client = boto3.client(
-        "s3",
-        endpoint_url=f"http://{host}:{port}",
-        aws_access_key_id="planted",
-        aws_secret_access_key=AWS_SECRET,
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket="bucket")
-    yield f"http://{host}:{port}", client
-    server.stop()
+    """(endpoint, client) of an S3 server with an empty bucket."""
+    with s3_server() as server:
+        yield server.proxy.url, server.client
 
 
 def test_a_signal_while_publishing_stops_at_once_and_publish_finishes_it(job: Job) -> None:
@@ -252,9 +239,9 @@ def test_on_s3_and_the_hub_a_run_resumes_on_another_machine_and_publish_finishes
             **SLOW,
             "OUTPUT_URI": "s3://bucket/some/prefix",
             "AWS_ENDPOINT_URL_S3": endpoint,
-            "AWS_ACCESS_KEY_ID": "planted",
+            "AWS_ACCESS_KEY_ID": KEYS["aws_access_key_id"],
             "AWS_SECRET_ACCESS_KEY": AWS_SECRET,
-            "AWS_REGION": "us-east-1",
+            "AWS_REGION": KEYS["region_name"],
             "HF_ENDPOINT": hub.url,
             "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(job.folder / "hf"),
@@ -354,35 +341,19 @@ def test_a_hub_that_does_not_answer_is_75_and_not_a_traceback(job: Job) -> None:
 
 
 def test_a_store_that_goes_away_does_not_stop_the_training(job: Job) -> None:
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "planted", "AWS_SECRET_ACCESS_KEY": AWS_SECRET, "AWS_REGION": "us-east-1"}
-    settings = {**SLOW, "MAX_STEPS": "60", "OUTPUT_URI": "s3://away", "AWS_ENDPOINT_URL_S3": f"http://{host}:{port}", **keys}
-    client = boto3.client(
-        "s3",
-        endpoint_url=settings["AWS_ENDPOINT_URL_S3"],
-        aws_access_key_id="planted",
-        aws_secret_access_key=AWS_SECRET,
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket="away")
-    process = job.start("run", **settings)
-    wait_for(lambda: list((job.folder / "work").glob("runs/*/checkpoints/step-000005/manifest.json")), process)
-    server.stop()
-    wait_for(lambda: list((job.folder / "work").glob("runs/*/checkpoints/step-000020/manifest.json")), process)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)  # moto keeps what it held
-    server.start()
-    try:
+    with s3_server() as server:
+        keys = {"AWS_ACCESS_KEY_ID": KEYS["aws_access_key_id"], "AWS_SECRET_ACCESS_KEY": AWS_SECRET, "AWS_REGION": "us-east-1"}
+        settings = {**SLOW, "MAX_STEPS": "60", "OUTPUT_URI": "s3://bucket/away", "AWS_ENDPOINT_URL_S3": server.proxy.url}
+        process = job.start("run", **settings, **keys)
+        local = job.folder / "work"
+        wait_for(lambda: list(local.glob("runs/*/checkpoints/step-000005/manifest.json")), process)
+        server.proxy.stop()
+        wait_for(lambda: list(local.glob("runs/*/checkpoints/step-000020/manifest.json")), process)
+        server.proxy.start()
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 0, output
-        names = {entry["Key"] for entry in client.list_objects_v2(Bucket="away")["Contents"]}
-        assert {"r/checkpoints/step-000060/manifest.json", "r/adapter/manifest.json", "r/DONE"} <= names
-    finally:
-        server.stop()
+        kept = {"checkpoints/step-000060/manifest.json", "adapter/manifest.json", "DONE"}
+        assert {f"away/r/{name}" for name in kept} <= set(server.names())
 
 
 def test_publish_pushes_a_run_that_was_done_without_it(job: Job) -> None:

@@ -16,6 +16,7 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from job.data.keys import Keys, KeySet, first_of_each
+from job.data.messages import is_unicode
 from job.data.near import NearIndex
 from job.data.reasons import Reason
 from job.data.shards import NUM_SAMPLES, SAMPLE_CHARACTERS, read_shard
@@ -189,7 +190,10 @@ class Merger:
         if self._dropped_file is not None:
             raw = table["raw"][place].as_py()
             line = {"source": source.name, "row": row, "reason": reason, "raw": raw and json.loads(raw)}
-            self._dropped_file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            text = json.dumps(line, ensure_ascii=False)
+            if not is_unicode(text):  # half of a surrogate pair can only be written as an escape
+                text = json.dumps(line)
+            self._dropped_file.write(text + "\n")
 
     def _keep(self, path: Path, table: pyarrow.Table, positions: NDArray[np.int64], lengths: NDArray[Any]) -> None:
         number = len(self.shards)

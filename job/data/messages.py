@@ -12,7 +12,7 @@ from job.data.reasons import Reason
 from job.data.shapes import Layout, Shape
 from job.data.turns import Message, parsed_json, read_history, read_tools, read_turns
 
-__all__ = ["Example", "Message", "read_row"]
+__all__ = ["Example", "Message", "is_unicode", "read_row"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ def read_row(
     columns = layout.columns
     if layout.shape is Shape.TEXT:
         text = row.get(columns["text"])
-        if not isinstance(text, str) or not _is_unicode(text):
+        if not isinstance(text, str) or not is_unicode(text):
             return Reason.MALFORMED
         return Example(messages=(), text=text, source=source, row=index)
     try:
@@ -63,14 +63,14 @@ def read_row(
             messages = tuple(message for message in messages if message.role != "system")
         if not messages or messages[0].role != "system":
             messages = (Message(role="system", content=system_prompt), *messages)
-    if not all(_is_unicode(message.content) and _is_unicode(message.extra or "") for message in messages):
+    if not all(is_unicode(message.content) and is_unicode(message.extra or "") for message in messages):
         return Reason.MALFORMED
-    if not _is_unicode(tools or ""):
+    if not is_unicode(tools or ""):
         return Reason.MALFORMED
     return Example(messages=messages, text="", source=source, row=index, tools=tools)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """False where JSON smuggled in half of a surrogate pair, which tokenizers refuse."""
     if text.isascii():
         return True

@@ -36,7 +36,7 @@ from job.errors import DataError
 from job.settings import DatasetSpec, DataSettings
 
 ReportProgress = Callable[[str, int], None]
-SHARDS = "shards"
+SHARDS, DROPPED = "shards", "dropped.jsonl"
 _REPORT_SECONDS = 2.0
 _NUM_PEEKED = 50
 
@@ -75,7 +75,8 @@ def prepare(
     """
     for left_over in ("train", "eval"):
         shutil.rmtree(folder / left_over, ignore_errors=True)
-    (folder / TALLY).unlink(missing_ok=True)
+    for name in (TALLY, DROPPED):  # half of it, perhaps of a start with KEEP_DROPPED
+        (folder / name).unlink(missing_ok=True)
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
     with_signatures = settings.dedup == "near" or bool(settings.eval_datasets) or settings.eval_fraction > 0
     sharder = Sharder(settings, tokenizer, with_signatures=with_signatures)
@@ -84,13 +85,16 @@ def prepare(
     with ExitStack() as stack:
         dropped_file = None
         if settings.keep_dropped:
-            dropped_file = stack.enter_context((folder / "dropped.jsonl").open("w", encoding="utf-8"))
+            dropped_file = stack.enter_context((folder / DROPPED).open("w", encoding="utf-8"))
         workers = stack.enter_context(Workers(sharder, num_processes, progress.tell))
-        inputs = [_Input(spec, cache_dir, is_held_out=True) for spec in settings.eval_datasets]
-        inputs += [_Input(spec, cache_dir, is_held_out=False) for spec in settings.datasets]
+        specs = [*((spec, True) for spec in settings.eval_datasets), *((spec, False) for spec in settings.datasets)]
+        inputs = []
+        for spec, is_held_out in specs:
+            report_progress(f"opening {spec}", 0)
+            inputs.append(_Input(spec, cache_dir, is_held_out=is_held_out))
         merger = Merger(dedup=settings.dedup, decode=_decoder(tokenizer), dropped_file=dropped_file)
         _merge(inputs, settings, workers, merger, folder / SHARDS, progress)
-        _refuse_too_little(merger.sources, settings)
+        _refuse_unlearned(merger.sources, settings)
         tally = _write(merger, inputs, settings, tokenizer, folder, seed)
     shutil.rmtree(folder / SHARDS)
     (folder / TALLY).write_text(tally.model_dump_json(indent=2), "utf-8")
@@ -106,13 +110,15 @@ def _merge(
     num_samples = num_tokens = 0
     for number, one in enumerate(inputs):
         state = SourceState(name=str(one.spec), held_out=one.is_held_out)
-        if not one.is_held_out:
-            left = settings.max_samples and settings.max_samples - num_samples
-            state.max_samples = limits[trained.index(one)] if interleaved else left
+        if not one.is_held_out and interleaved:
+            # The shares of tokens follow from those of rows, which are known at the end: any source may need them all.
+            state.max_samples, state.max_tokens = limits[trained.index(one)], settings.max_tokens
+        elif not one.is_held_out:
+            state.max_samples = settings.max_samples and settings.max_samples - num_samples
             state.max_tokens = settings.max_tokens and settings.max_tokens - num_tokens
-            if (left is not None and left <= 0) or (state.max_tokens is not None and state.max_tokens <= 0):
-                break
         merger.start(state)
+        if state.is_full:  # the sources before it were enough
+            continue
         progress.source(state)
         tasks: Iterator[Task] = (
             (chunk, one.rows, shards / f"{number:03d}-{index:06d}.arrow") for index, chunk in enumerate(one.source.chunks())
@@ -126,10 +132,8 @@ def _merge(
             num_samples, num_tokens = num_samples + state.num_kept, num_tokens + state.num_tokens
 
 
-def _refuse_too_little(sources: list[SourceState], settings: DataSettings) -> None:
-    dropped: Counter[Reason] = Counter()
+def _refuse_unlearned(sources: list[SourceState], settings: DataSettings) -> None:
     for source in sources:
-        dropped.update(source.dropped)
         unlearned = source.dropped[Reason.NOTHING_TO_LEARN]
         if unlearned > settings.max_unlearned * (source.num_kept + unlearned):
             longest = ", ".join(f"row {row} ({size:,} characters)" for size, row in source.longest_unlearned)
@@ -138,6 +142,12 @@ def _refuse_too_little(sources: list[SourceState], settings: DataSettings) -> No
                 f"have no token left to learn; the longest are {longest}; raise MAX_LENGTH={settings.max_length}, set "
                 "OVERLONG=drop, or look at LEARN and CHAT_TEMPLATE"
             )
+
+
+def _refuse_too_few(sources: list[SourceState], settings: DataSettings) -> None:
+    dropped: Counter[Reason] = Counter()
+    for source in sources:
+        dropped.update(source.dropped)
     num_examples = sum(source.num_kept for source in sources if not source.held_out)
     if num_examples < settings.min_samples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "none dropped"
@@ -148,11 +158,16 @@ def _refuse_too_little(sources: list[SourceState], settings: DataSettings) -> No
 
 
 def _write(merger: Merger, inputs: list[_Input], settings: DataSettings, tokenizer: Tokenizer, folder: Path, seed: int) -> Tally:
-    kept, sources, warnings = merger.result(), merger.sources, []
+    kept, sources, warnings = merger.result(), merger.sources, list[str]()
     weights = np.array([0.0 if one.is_held_out else one.spec.weight for one in inputs])
-    left_out = not_sampled(kept, weights, mix=settings.mix, max_samples=settings.max_samples, seed=seed)
+    limits = {"max_samples": settings.max_samples, "max_tokens": settings.max_tokens}
+    left_out = not_sampled(kept, weights, mix=settings.mix, seed=seed, **limits)
     merger.drop(kept.select(left_out), Reason.NOT_SAMPLED)
     kept = kept.select(~left_out)
+    _refuse_too_few(sources, settings)
+    if unread := [source.name for source in sources if not source.num_rows]:
+        limit = " or ".join(f"{name.upper()}={value}" for name, value in limits.items() if value is not None)
+        warnings.append(f"{limit} was reached before {', '.join(unread)}, which was not read; MIX=interleave takes some of all")
     if settings.eval_datasets:
         is_eval = weights[kept.source] == 0
     else:
@@ -162,6 +177,12 @@ def _write(merger: Merger, inputs: list[_Input], settings: DataSettings, tokeniz
                 f"every example that was to be held out ({num_moved}) nearly repeats one that is trained on, so nothing is held "
                 "out and no held-out loss is measured; name other data in EVAL_DATASETS"
             )
+        if not num_moved and settings.eval_fraction and not is_eval.any():
+            warnings.append(f"EVAL_FRACTION={settings.eval_fraction}: all examples say the same, so nothing is held out")
+    for source in sources:
+        if source.num_rows and not source.num_kept:
+            fate = "no held-out loss is measured on it" if source.held_out else "nothing of it is trained on"
+            warnings.append(f"no row of {source.name} is kept, so {fate}")
     names = [source.name for source in sources]
     train = kept.select(~is_eval)
     order = training_order(train, weights, mix=settings.mix, order=settings.order, seed=seed)

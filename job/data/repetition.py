@@ -32,7 +32,8 @@ MAX_CODE_SHARE = 0.25
 MAX_WORDS = 20_000
 # What is looked at of a longer text; the n-grams of more would take hundreds of MB.
 
-_LIST_ITEM = re.compile(r"\s*(?:[-*+•–]|\(?\w{1,3}[.):])\s")
+# Blanks count from their first on: tried from each of them, a long run of blanks would take quadratic time.
+_LIST_ITEM = re.compile(r"(?:(?<!\s)\s+)?(?:[-*+•–]|\(?\w{1,3}[.):])\s")
 _LETTER = re.compile(r"[^\W\d_]")
 
 

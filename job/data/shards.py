@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 
 from job.data.chunks import Chunk, Row, read_chunk
@@ -29,8 +31,13 @@ NUM_SAMPLES = 10
 SAMPLE_CHARACTERS = 600
 LANGUAGE_SAMPLE = 20
 """One row in so many is judged for the report's histogram when LANGUAGE is not set."""
-_VERSION = 1  # rensa 0.5.0
+VERSION = 1  # rensa 0.5.0
 """Raise it when the same chunk would give another shard."""
+_MERGING = {
+    *("datasets", "eval_datasets", "dedup", "mix", "max_samples", "max_tokens", "min_samples", "max_unlearned"),
+    *("eval_fraction", "order", "keep_dropped", "dataset_num_proc"),
+}
+"""Settings that say nothing about a row alone."""
 SCHEMA = pyarrow.schema(
     {
         "row": pyarrow.int64(),
@@ -82,6 +89,7 @@ class Sharder:
             max_length=settings.max_length,
             overlong=settings.overlong,
         )
+        self._rules = _rules(settings, tokenizer)
 
     def make(self, chunk: Chunk, source: SourceRows, path: Path) -> Path:
         """Write the shard of a chunk to `path`, whole or not at all; one that is there already is left alone.
@@ -139,16 +147,37 @@ class Sharder:
         return _Judged(row=row, example=example, language=language, reason=reason)
 
     def _digest(self, chunk: Chunk, source: SourceRows) -> str:
-        wanted = [_VERSION, source.source, self._settings.keep_dropped, self._with_signatures, chunk.first_row]
+        layout = str(source.layout)  # found in the first rows: they may have changed where this chunk did not
+        extras = [self._settings.keep_dropped, self._with_signatures]
+        wanted = [VERSION, self._rules, source.source, layout, *extras, chunk.first_row]
         return blake2b(repr(wanted).encode() + chunk.digest, digest_size=16).hexdigest()
 
     def _write(self, columns: list[dict[str, Any]], metadata: dict[str, str], path: Path) -> None:
-        arrays = [pyarrow.array([row.get(name) for row in columns], SCHEMA.field(name).type) for name in SCHEMA.names]
+        arrays = [_column([row.get(name) for row in columns], SCHEMA.field(name).type) for name in SCHEMA.names]
         table = pyarrow.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
         partial = path.with_suffix(".partial")
         with pyarrow.ipc.new_file(partial, table.schema) as writer:
             writer.write_table(table)
         partial.replace(path)
+
+
+def _column(values: list[Any], kind: pyarrow.DataType) -> pyarrow.Array:
+    if not pyarrow.types.is_list(kind):
+        return pyarrow.array(values, kind)
+    # Token by token pyarrow takes three times as long.
+    flat = np.fromiter(chain.from_iterable(filter(None, values)), np.int32)
+    ends = np.cumsum([len(value or ()) for value in values], dtype=np.int64)
+    is_missing = np.array([value is None for value in values], dtype=bool)
+    return pyarrow.ListArray.from_arrays(np.append(0, ends).astype(np.int32), flat, mask=pyarrow.array(is_missing))
+
+
+def _rules(settings: DataSettings, tokenizer: Tokenizer) -> str:
+    """What tells that a row would be judged and tokenised the same: settings, tokenizer, template and detector."""
+    judging = settings.model_dump(mode="json", exclude=_MERGING)
+    detector = Path(settings.language_model).expanduser()
+    file = [(found := detector.stat()).st_size, found.st_mtime_ns] if detector.is_file() else None
+    words = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
+    return blake2b(json.dumps([judging, file, words], default=str).encode(), digest_size=16).hexdigest()
 
 
 def read_shard(path: Path) -> pyarrow.Table:

@@ -3,7 +3,7 @@
 Every choice is made by what an example says (a seeded hash of its key), never by where it stands or by chance.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +25,60 @@ def quotas(weights: list[float], max_samples: int | None) -> list[int | None]:
     return [int(np.ceil(max_samples * weight / sum(weights))) for weight in weights]
 
 
-def not_sampled(kept: Kept, weights: NDArray[np.float64], *, mix: str, max_samples: int | None, seed: int) -> NDArray[np.bool_]:
+def not_sampled(
+    kept: Kept, weights: NDArray[np.float64], *, mix: str, max_samples: int | None, max_tokens: int | None, seed: int
+) -> NDArray[np.bool_]:
     """Which pieces are left out so that the sources stand in proportion; all pieces of a row go together.  # (N,)
 
     Args:
         weights: by source number; those of EVAL_DATASETS are 0 and their pieces stay.
         mix: concatenate leaves rows out of sources with a weight below 1; interleave out of all but the scarcest source.
     """
-    starts = kept.starts()
-    counts = np.bincount(kept.source[starts], minlength=len(weights))
-    trained = np.flatnonzero((weights > 0) & (counts > 0))
-    wanted = counts.astype(np.float64)
-    if mix == "interleave" and len(trained):
-        total = min(counts[trained] / weights[trained]) * weights[trained].sum()
+    starts = np.flatnonzero(kept.starts())
+    left_out = np.zeros(len(starts), dtype=bool)
+    if not len(starts):
+        return left_out
+    row_source, row_tokens = kept.source[starts], np.add.reduceat(kept.num_tokens.astype(np.int64), starts)
+    hashes = shuffled(kept.key[starts], seed + 1)
+    # The rows of each source, those that are taken first in front.
+    rows = {number: np.flatnonzero(row_source == number) for number in np.unique(row_source) if weights[number] > 0}
+    rows = {number: of_source[np.argsort(hashes[of_source], kind="stable")] for number, of_source in rows.items()}
+    counts = np.array([len(of_source) for of_source in rows.values()])
+    shares = weights[list(rows)]
+    if mix == "interleave" and rows:
+        total = int(min(counts / shares) * shares.sum() + 1e-6)
         if max_samples is not None:
             total = min(total, max_samples)
-        wanted[trained] = total * weights[trained] / weights[trained].sum()
+        if max_tokens is not None:
+            sums = [np.append(0, np.cumsum(row_tokens[of_source])) for of_source in rows.values()]
+            total = _fewest(total, lambda number: _tokens_of(sums, _apportioned(number, shares)) >= max_tokens)
+        wanted = _apportioned(total, shares)
     else:
-        wanted[trained] = counts[trained] * np.minimum(weights[trained], 1.0)
-    left_out = np.zeros(len(kept.row), dtype=bool)
-    row_number = np.cumsum(starts) - 1
-    for source in trained:
-        rows = np.flatnonzero(starts & (kept.source == source))
-        surplus = len(rows) - max(1, round(float(wanted[source])))
-        if surplus > 0:
-            order = np.argsort(shuffled(kept.key[rows], seed + 1), kind="stable")
-            left_out[rows[order[len(rows) - surplus :]]] = True
-    return np.asarray(left_out[np.flatnonzero(starts)][row_number]) if len(left_out) else left_out
+        wanted = np.array([max(1, round(count * min(share, 1.0))) for count, share in zip(counts, shares, strict=True)])
+    for of_source, number in zip(rows.values(), wanted, strict=True):
+        left_out[of_source[number:]] = True
+    return np.asarray(np.repeat(left_out, np.diff(starts, append=len(kept.row))))
+
+
+def _apportioned(total: int, shares: NDArray[np.float64]) -> NDArray[np.int64]:
+    """A total in whole parts, in proportion; what is left over goes to the largest remainders."""
+    exact = total * shares / shares.sum()
+    parts: NDArray[np.int64] = np.floor(exact + 1e-9).astype(np.int64)
+    parts[np.argsort(parts - exact, kind="stable")[: total - int(parts.sum())]] += 1
+    return parts
+
+
+def _fewest(most: int, is_enough: Callable[[int], bool]) -> int:
+    """The smallest number up to `most` that is enough, or `most`."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle + 1, high)
+    return low
+
+
+def _tokens_of(sums: list[NDArray[np.int64]], numbers: NDArray[np.int64]) -> int:
+    return sum(int(of_source[min(number, len(of_source) - 1)]) for of_source, number in zip(sums, numbers, strict=True))
 
 
 def held_out(kept: Kept, *, fraction: float, seed: int, shards: list[Path]) -> tuple[NDArray[np.bool_], int]:

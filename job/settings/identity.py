@@ -2,7 +2,7 @@
 
 The fingerprint covers everything that changes the result and nothing else: settings marked NEUTRAL (hardware, budget,
 logging) are left out, and files count by what they hold, not by where they lie. Of a local model only file names and sizes
-are read (weights are many gigabytes); its config.json counts in full.
+are read (weights are many gigabytes); its configuration and tokenizer count in full.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ from job.settings.chat_template import find_template
 from job.settings.dataset_spec import DatasetSpec, Where, data_suffixes, package_file
 from job.settings.read import Settings, sections
 from job.settings.section import NEUTRAL, Section
+
+_READ_IN_FULL = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def result_fingerprint(settings: Settings) -> str:
@@ -83,7 +85,7 @@ def _model_identity(model_id: str) -> str:
         return model_id  # a Hub id
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     sizes = [f"{file.name} {file.stat().st_size}" for file in files if file.is_file()]
-    return _digest([sizes, _text(path / "config.json")])
+    return _digest([sizes, *(_text(path / name) for name in _READ_IN_FULL)])
 
 
 def _template(settings: Settings) -> str | None:

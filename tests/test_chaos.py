@@ -1,0 +1,41 @@
+"""A short series of benchmarks/chaos.py: eight events, each at an exact place, then the adapter of an undisturbed run."""
+
+from pathlib import Path
+
+from s3_server import s3_server
+
+from benchmarks.chaos import Event, Series, compare, course
+
+# With a checkpoint every 5 steps and an evaluation every 10. A trainer that hangs is the one way to meet it at an exact step.
+EVENTS = (
+    Event(kind="term", phase="fetch"),
+    Event(kind="kill", phase="prepare"),
+    Event(kind="trainer killed", phase="load", fault="hang-load@0"),
+    Event(kind="kill", phase="save", fault="hang-save@10", steps=10, stored=5),
+    Event(kind="term", phase="train", fault="hang@14", steps=8),
+    Event(kind="503", phase="save", fault="hang@22", steps=2, outage_seconds=1.0),
+    Event(kind="flipped bit", phase="evaluate", fault="hang-eval@30", steps=9, stored=25),
+    Event(kind="kill", phase="deliver", hold="/adapter/manifest.json"),
+)
+STATUSES = [75, -9, 5, -9, 75, 75, -9, -9]
+REACHED = [None, None, 0, 10, 13, 21, 30, 40]
+RESUMED = [0, 0, 0, 5, 13, 21, 21, 40]  # at the end only what remained to be delivered
+"""The damaged checkpoint is of step 25, the one before it of 21, where SIGTERM came."""
+
+
+def test_eight_events_in_eight_phases_leave_no_trace_in_the_adapter(tmp_path: Path) -> None:
+    with s3_server() as server:
+        settings = course(tmp_path, server, num_steps=40)
+        series = Series("disturbed", server, tmp_path, settings)
+        for event in EVENTS:
+            series.strike(event)
+        last = series.finish()
+        reference = Series("undisturbed", server, tmp_path, settings)
+        reference.finish()
+        compare(series, reference, last)
+    rows = series.rows + reference.rows
+    assert [problem for row in rows for problem in row.problems] == []
+    assert [row.status for row in rows] == [*STATUSES, 0, 0]
+    assert [row.reached for row in series.rows] == [*REACHED, None]
+    assert [row.resumed for row in series.rows] == [*RESUMED, None]
+    assert [row.lost for row in series.rows[2:8]] == [0, 5, 0, 0, 9, 0]
