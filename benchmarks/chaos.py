@@ -16,7 +16,7 @@ time:
 
 Memory that runs out and losses that are not finite change the course on purpose, so they have runs of their own. After the first
 the losses agree within 1e-3 (without dropout, whose masks depend on the micro-batch); after the second the run ends with finite
-ones. Prints a table and a line of JSON; the status is 1 when a claim does not hold. 50 events take about ten minutes on two
+ones. Prints a table and a line of JSON; the status is 1 when a claim does not hold. 50 events take about a quarter of an hour on two
 cores. What is not covered: GPUs, several ranks.
 """
 
@@ -269,7 +269,7 @@ class Series:
         if event.hold:
             self._server.proxy.add(Fault(kind="hang", method="PUT", path=event.hold, seconds=WAIT_SECONDS))
         begun, num_attempts = time.monotonic(), len(self.attempts())
-        attempt = self._start(event.fault or self._brake(event))
+        attempt = self.start(event.fault or self._brake(event))
         row.is_missed = not attempt.wait_for(lambda: self._is_moment(event, attempt))
         time.sleep(event.delay_seconds)
         is_done_before = attempt.process.poll() is not None
@@ -296,7 +296,7 @@ class Series:
         self._server.proxy.clear()
         row = Row(event=event, phase="all")
         begun = time.monotonic()
-        attempt = self._start(fault)
+        attempt = self.start(fault)
         row.status, row.seconds = attempt.end(), time.monotonic() - begun
         row.claim(row.status == expected, f"exit status {expected} was expected: {attempt.lines[-3:]}")
         row.claim(not (left := attempt.left_over()), f"processes {left} are left over")
@@ -314,7 +314,7 @@ class Series:
         self._tell(str(row))
         return row
 
-    def _start(self, fault: str) -> Attempt:
+    def start(self, fault: str) -> Attempt:
         self._num_starts += 1
         return Attempt(self._job, self._folder / f"machine-{self._num_starts}", fault)
 
@@ -328,7 +328,9 @@ class Series:
             words = {"fetch": "fetching", "prepare": "preparing the data", "load": "loading the model"}
             return attempt.has_said(words[event.phase])
         if event.phase == AFTER:
-            return attempt.has_said("writing samples") if event.steps % 2 else self._was_put(event.hold or "/adapter/")
+            if event.steps % 2 and event.kind not in OUTAGES:
+                return attempt.has_said("writing samples")
+            return self._was_put(event.hold or "/adapter/")
         if not steps or (event.stored and event.stored not in self.steps()):
             return False
         late = [step for step in steps if step >= steps[0] - 1 + event.steps]
@@ -353,8 +355,10 @@ class Series:
             attempt.kill_stage()
             return attempt.end(), (5,)
         with self._outage(event.kind):
-            if event.phase in ("fetch", "prepare", AFTER):
+            if event.phase == AFTER:
                 return attempt.end(), (75,)
+            if event.phase != "load" and not attempt.wait_for(lambda: attempt.has_said("loading the model")):
+                return attempt.end(), (75,)  # where nothing can go on without the store
             time.sleep(event.outage_seconds)
             if event.kind == "slow":  # it answers: nothing may be lost
                 attempt.process.terminate()

@@ -5,7 +5,7 @@ A stage whose result already lies in the store is passed over, so a start after 
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,7 +137,8 @@ class Run:
                 self._stages.fetch()
                 data_dir = self._stages.prepare()
                 self._stages.train(ledger, data_dir)
-                self._stages.confirm()
+                with self._stop.at_once():
+                    self._stages.confirm()
         except ChildFailedError as failure:
             stopped, error = failure.stopped, failure.error
         except PreemptedError as failure:
@@ -145,21 +146,32 @@ class Run:
         except JobError as failure:
             stopped, error = Stopped.CRASHED, failure
         if error is not None:
-            self._confirm_or_warn()
-        self._close(ledger, stopped, error)
-        report = self._record.report(ledger, stopped, error)
-        if error is not None:
-            self._put_report(report)
+            self._record_failure(ledger, stopped, error)
             raise error
+        with self._stop.at_once():
+            ledger.record(stopped=stopped)
+            report = self._record.report(ledger, stopped, None)
         return self._deliver(report)
 
-    def _close(self, ledger: Ledger, stopped: Stopped, error: JobError | None) -> None:
+    def _record_failure(self, ledger: Ledger, stopped: Stopped, error: JobError) -> None:
+        """Store what is known, as far as the store answers in time: the error that came first decides the exit status."""
+        last_acts: list[Callable[[], None]] = [
+            self._stages.confirm,
+            lambda: ledger.record(stopped=stopped),
+            lambda: self._put_report(self._record.report(ledger, stopped, error)),
+        ]
+        with self._warned(), self._stop.within_grace(self._settings.keep.grace_seconds):
+            for act in last_acts:
+                with self._warned():
+                    act()
+
+    @contextmanager
+    def _warned(self) -> Iterator[None]:
+        """Tell an error inside, beside the failure that came first."""
         try:
-            ledger.record(stopped=stopped)
-        except JobError as second:
-            if error is None:
-                raise
-            self._display.say(f"warning: {second}")  # the first error decides the exit status
+            yield
+        except JobError as error:
+            self._display.say(f"warning: {error}")
 
     def _deliver(self, report: Report) -> int:
         if target := self._settings.publish.hub_model_id:
@@ -174,19 +186,14 @@ class Run:
                     redact=self._display.redact,
                     put_report=self._put_report,
                 )
+                self._write_json(DONE, {"run_id": self._run_id})
         except PreemptedError as error:
-            self._put_report(report.model_copy(update={"exit_status": error.exit_status, "reason": str(error)}))
+            with self._warned(), self._stop.within_grace(self._settings.keep.grace_seconds):
+                self._put_report(report.model_copy(update={"exit_status": error.exit_status, "reason": str(error)}))
             raise
-        self._write_json(DONE, {"run_id": self._run_id})
         where = self._store.uri
         self._display.say(summarise(report, adapter=f"{where}/{ADAPTER}", report_file=f"{where}/{REPORT}"))
         return 0
-
-    def _confirm_or_warn(self) -> None:
-        try:
-            self._stages.confirm()
-        except JobError as error:  # told beside the failure that came first
-            self._display.say(f"warning: {error}")
 
     def _put_report(self, report: Report) -> None:
         self._write_json(REPORT, report.model_dump(mode="json"))

@@ -24,6 +24,9 @@ from job.events import EVENTS_FD, Ended, Event, Failed, Stopped, read_events
 STACKS_SECONDS = 2.0
 """How long a process that hangs may take to write its stacks."""
 
+LAST_SECONDS = 2.0
+"""For the record and the report when the mirror has used up the grace: two small files."""
+
 SECRET_NAMES = (
     "HF_TOKEN",
     "AWS_ACCESS_KEY_ID",
@@ -42,12 +45,18 @@ QUIET = {
 """Libraries' own bars and remarks would tear our lines apart; set one of these to hear them again."""
 
 
+class _StopNow(BaseException):
+    """Raised where the main thread stands. No Exception: boto3 would take it for a failed request, and try again."""
+
+
 class StopRequest:
     """SIGTERM or SIGINT to the supervisor: the first asks children to stop, a second one kills them."""
 
     def __init__(self) -> None:
         self.count = 0
         self._asked_at, self._raises = 0.0, False
+        self._grace_seconds: float | None = None
+        self._is_over = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
@@ -57,7 +66,9 @@ class StopRequest:
         self.count += 1
         if self._raises:
             self._raises = False  # what puts things away after it is not interrupted again
-            self.check()
+            raise _StopNow
+        if self._grace_seconds is not None:
+            self._set_timer(self._grace_seconds)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -66,8 +77,43 @@ class StopRequest:
         self._raises = True
         try:
             yield
+        except BaseException as error:
+            # s3transfer's own clean-up may fail over it, and hide it behind another error.
+            if self.count and not isinstance(error, PreemptedError):
+                raise self._preempted() from error
+            raise
         finally:
             self._raises = False
+
+    @contextmanager
+    def within_grace(self, grace_seconds: float) -> Iterator[None]:
+        """Inside, PreemptedError is raised when the grace since the first signal is over, or at a second signal: a store that is
+        silent would keep the process for minutes, and the machine's owner would kill it.
+        """
+        before = signal.signal(signal.SIGALRM, self._raise_at_alarm)
+        self._grace_seconds = grace_seconds
+        try:
+            if self.count:
+                self._set_timer(grace_seconds)
+            yield
+        except BaseException as error:
+            if self._is_over:
+                text = f"GRACE_SECONDS={grace_seconds:g} are over, and not all is in the store; start again to continue"
+                raise PreemptedError(text) from error
+            raise
+        finally:
+            self._grace_seconds = None
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    def _set_timer(self, grace_seconds: float) -> None:
+        if self.count > 1:
+            self._raise_at_alarm(0, None)
+        signal.setitimer(signal.ITIMER_REAL, max(self.seconds_left(grace_seconds), LAST_SECONDS))
+
+    def _raise_at_alarm(self, _number: int, _frame: FrameType | None) -> None:
+        self._is_over = True
+        raise _StopNow
 
     def seconds_left(self, grace_seconds: float) -> float:
         """What is left of the grace since the first signal: all of it while there was none, nothing after a second one."""
@@ -78,7 +124,10 @@ class StopRequest:
     def check(self) -> None:
         """Raise PreemptedError when a stop was asked for."""
         if self.count:
-            raise PreemptedError("stopped by a signal; start again with the same settings to continue")
+            raise self._preempted()
+
+    def _preempted(self) -> PreemptedError:
+        return PreemptedError("stopped by a signal; start again with the same settings to continue")
 
 
 def child_environ(environ: Mapping[str, str], secrets: Mapping[str, str], allowed: tuple[str, ...] = ()) -> dict[str, str]:

@@ -143,10 +143,10 @@ class Training:
         keep = self._settings.keep
         with self._stop.at_once():
             resume_from = restore_latest(self._store, self._checkpoints, lambda text: self._display.say(f"warning: {text}"))
-        first_step = int(resume_from.name.removeprefix("step-")) if resume_from else 0
-        if self._ledger.current.first_step is None:
-            self._ledger.record(first_step=first_step, last_step=first_step)
-        self._record.rewind(first_step)
+            first_step = int(resume_from.name.removeprefix("step-")) if resume_from else 0
+            if self._ledger.current.first_step is None:
+                self._ledger.record(first_step=first_step, last_step=first_step)
+            self._record.rewind(first_step)
         self._display.say(
             f"plan: {plan.num_steps} steps of {fit.micro_batch} x {fit.gradient_accumulation_steps} examples, "
             f"{plan.num_tokens:,} tokens" + (f"; continuing after step {first_step}" if first_step else "")

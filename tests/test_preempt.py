@@ -3,16 +3,21 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, write_conversations
 from trainer_child import Attempt, Training, write_data
 
-from job.events import Ended, Failed, Phase, Progress, Saved, Stopped, Warned
+from job.events import EVENTS_FD, Ended, Failed, Phase, Progress, Saved, Stopped, Warned, read_events
 from job.keep.checkpoints import step_name
+from job.settings import DataSettings
 from job.train.faults import Faults
+from job.train.spec import PrepareSpec
 from job.train.state import _save
 from job.train.trainer import STACKS
 
@@ -191,3 +196,37 @@ def test_a_wrong_order_for_a_fault_is_no_silence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JOB_FAULT=omm@3"):
         Faults("omm@3", tmp_path)
     Faults("oom@17,nan@23*,kill-save@12,oom-above@2", tmp_path)
+
+
+def test_a_stop_in_preparation_is_told_in_one_last_word_without_a_traceback(tmp_path: Path, tiny_model: Path) -> None:
+    rows = write_conversations(tmp_path / "rows.jsonl", 200_000)  # some twenty seconds of work
+    spec = PrepareSpec(
+        data=DataSettings.model_validate({"datasets": str(rows)}),
+        model_dir=tiny_model,
+        chat_template=None,
+        trust_remote_code=False,
+        folder=tmp_path / "prepared",
+        cache_dir=tmp_path,
+        seed=0,
+    )
+    (tmp_path / "prepare.json").write_text(spec.model_dump_json(), "utf-8")
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "job.child", "prepare", str(tmp_path / "prepare.json")],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", EVENTS_FD: str(writer)},
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=(writer,),
+        text=True,
+    )
+    os.close(writer)
+    with os.fdopen(reader, encoding="utf-8") as pipe:
+        events = read_events(pipe)
+        assert isinstance(next(events), Progress)
+        process.terminate()
+        words = [event for event in events if isinstance(event, Failed)]
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 75 and "Traceback" not in printed, printed
+    assert [(word.exit_status, word.stopped) for word in words] == [(75, Stopped.PREEMPTED)]
+    assert not spec.folder.exists()

