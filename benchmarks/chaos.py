@@ -16,8 +16,8 @@ time:
 
 Memory that runs out and losses that are not finite change the course on purpose, so they have runs of their own. After the first
 the losses agree within 1e-3 (without dropout, whose masks depend on the micro-batch); after the second the run ends with finite
-ones. Prints a table and a line of JSON; the status is 1 when a claim does not hold. 50 events take about a quarter of an hour on two
-cores. What is not covered: GPUs, several ranks.
+ones. Prints a table and a line of JSON; the status is 1 when a claim does not hold. 50 events take about a quarter of an hour
+on two cores. What is not covered: GPUs, several ranks.
 """
 
 import argparse

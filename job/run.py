@@ -189,7 +189,8 @@ class Run:
                 self._write_json(DONE, {"run_id": self._run_id})
         except PreemptedError as error:
             with self._warned(), self._stop.within_grace(self._settings.keep.grace_seconds):
-                self._put_report(report.model_copy(update={"exit_status": error.exit_status, "reason": str(error)}))
+                told = {"stopped": Stopped.PREEMPTED, "exit_status": error.exit_status, "reason": str(error)}
+                self._put_report(report.model_copy(update=told))
             raise
         where = self._store.uri
         self._display.say(summarise(report, adapter=f"{where}/{ADAPTER}", report_file=f"{where}/{REPORT}"))

@@ -13,7 +13,7 @@ from typing import Any
 from job.deliver.finish import ADAPTER
 from job.deliver.record import Record
 from job.display import Display
-from job.errors import DataError, DivergedError, JobError, NetworkError, PlanError
+from job.errors import DataError, DivergedError, JobError, NetworkError, PlanError, PreemptedError
 from job.events import Ended, Event, Failed, Saved, Stopped
 from job.keep.checkpoints import (
     CHECKPOINTS,
@@ -169,6 +169,7 @@ class Training:
             save_interval_seconds=self._save_interval_seconds(),
             save_steps=keep.save_steps,
             expect_gpu=num_gpus > 0,
+            is_shuffled=self._settings.data.order == "shuffle",
             activation_checkpointing=fit.activation_checkpointing,
             activation_offloading=fit.activation_offloading,
             learning_rate_scale=self._rollback.learning_rate_scale,
@@ -247,7 +248,10 @@ class Training:
 
     def _note(self, name: str, value: Any) -> None:
         try:
-            self._ledger.note(name, value)
+            with self._stop.at_once():
+                self._ledger.note(name, value)
+        except PreemptedError:
+            raise
         except JobError as error:  # this attempt knows it all the same
             self._display.say(f"warning: {error}")
 

@@ -29,6 +29,7 @@ def make_arguments(spec: TrainSpec, *, has_eval: bool) -> SFTConfig:
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
         "data_seed": settings.seed,
+        "train_sampling_strategy": "random" if spec.is_shuffled else "sequential",
         "bf16": gpu and dtype == torch.bfloat16,
         "fp16": gpu and dtype == torch.float16,
         "use_cpu": not gpu,

@@ -55,6 +55,8 @@ class TrainSpec(_Spec):
     save_steps: int | None
     expect_gpu: bool
     """Whether the driver showed a GPU; training on the CPU at a GPU's price is refused."""
+    is_shuffled: bool = True
+    """Whether the examples are drawn in a new order each epoch, or as they lie."""
     activation_checkpointing: bool | None = None
     """Instead of what the settings say, when memory forces it."""
     activation_offloading: bool = False

@@ -38,9 +38,8 @@ class Watch(TrainerCallback):
         self.trainer: Any = None
         self.phase, self.is_updating = Phase.LOAD, False
         self.step, self.evaluations = 0, dict[int, float]()
-        self._guard = LossGuard(
-            has_scaler=False, is_shuffled=spec.train.train_args.get("train_sampling_strategy", "random") == "random"
-        )
+        strategy = spec.train.train_args.get("train_sampling_strategy", "random")
+        self._guard = LossGuard(has_scaler=False, is_shuffled=spec.is_shuffled and strategy == "random")
         if spec.resume_from is not None:
             state = saved_state(spec.resume_from)
             ours = state.stateful_callbacks[OURS]
