@@ -15,7 +15,7 @@ from job.deliver.finish import ADAPTER, deliver
 from job.deliver.record import REPORT, Record
 from job.deliver.report import Report, summarise
 from job.display import Display
-from job.errors import JobError, MachineError, PreemptedError, Problem, SettingsError
+from job.errors import DISK_ERRORS, JobError, MachineError, PreemptedError, Problem, PublishError, SettingsError
 from job.events import Stopped
 from job.keep.checkpoints import DamagedError, delete_folder, get_folder
 from job.keep.ledger import Ledger
@@ -145,13 +145,21 @@ class Run:
             stopped, error = Stopped.PREEMPTED, failure
         except JobError as failure:
             stopped, error = Stopped.CRASHED, failure
+        except OSError as failure:
+            if failure.errno not in DISK_ERRORS:
+                raise
+            text = f"{failure.filename or 'a disk'}: {failure.strerror}; free it, or name another place"
+            stopped, error = Stopped.CRASHED, MachineError(text)
+        except Exception as bug:  # what is trained is stored before its traceback is shown
+            self._record_failure(ledger, Stopped.CRASHED, JobError(f"{type(bug).__name__}: {bug}"))
+            raise
         if error is not None:
             self._record_failure(ledger, stopped, error)
             raise error
         with self._stop.at_once():
             ledger.record(stopped=stopped)
             report = self._record.report(ledger, stopped, None)
-        return self._deliver(report)
+        return self._deliver(report, ledger)
 
     def _record_failure(self, ledger: Ledger, stopped: Stopped, error: JobError) -> None:
         """Store what is known, as far as the store answers in time: the error that came first decides the exit status."""
@@ -162,6 +170,8 @@ class Run:
         ]
         with self._warned(), self._stop.within_grace(self._settings.keep.grace_seconds):
             for act in last_acts:
+                if self._stop.is_over:
+                    break
                 with self._warned():
                     act()
 
@@ -173,7 +183,7 @@ class Run:
         except JobError as error:
             self._display.say(f"warning: {error}")
 
-    def _deliver(self, report: Report) -> int:
+    def _deliver(self, report: Report, ledger: Ledger) -> int:
         if target := self._settings.publish.hub_model_id:
             self._display.stage(f"publishing to {target}")
         try:
@@ -187,9 +197,14 @@ class Run:
                     put_report=self._put_report,
                 )
                 self._write_json(DONE, {"run_id": self._run_id})
-        except PreemptedError as error:
+        except PublishError:
+            raise  # told in the report already
+        except JobError as error:
+            stopped = Stopped.PREEMPTED if isinstance(error, PreemptedError) else Stopped.CRASHED
             with self._warned(), self._stop.within_grace(self._settings.keep.grace_seconds):
-                told = {"stopped": Stopped.PREEMPTED, "exit_status": error.exit_status, "reason": str(error)}
+                with self._warned():
+                    ledger.record(stopped=stopped)
+                told = {"stopped": stopped, "exit_status": error.exit_status, "reason": str(error), "attempts": ledger.attempts}
                 self._put_report(report.model_copy(update=told))
             raise
         where = self._store.uri

@@ -27,6 +27,9 @@ STACKS_SECONDS = 2.0
 LAST_SECONDS = 2.0
 """For the record and the report when the mirror has used up the grace: two small files."""
 
+ECHO_SECONDS = 1.0
+"""A second signal within this time is the first one over again."""
+
 SECRET_NAMES = (
     "HF_TOKEN",
     "AWS_ACCESS_KEY_ID",
@@ -63,6 +66,8 @@ class StopRequest:
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if self.count == 0:
             self._asked_at = time.monotonic()
+        elif time.monotonic() - self._asked_at < ECHO_SECONDS:
+            return  # the same request by another way: to the process group, and passed on by who started us
         self.count += 1
         if self._raises:
             self._raises = False  # what puts things away after it is not interrupted again
@@ -73,9 +78,9 @@ class StopRequest:
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Inside, a signal raises PreemptedError wherever the main thread stands: in a download, an upload, a request."""
-        self.check()
         self._raises = True
         try:
+            self.check()
             yield
         except BaseException as error:
             # s3transfer's own clean-up may fail over it, and hide it behind another error.
@@ -120,6 +125,11 @@ class StopRequest:
         if self.count > 1:
             return 0.0
         return grace_seconds if self.count == 0 else max(0.0, self._asked_at + grace_seconds - time.monotonic())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time that `within_grace` gave is over."""
+        return self._is_over
 
     def check(self) -> None:
         """Raise PreemptedError when a stop was asked for."""

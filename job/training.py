@@ -13,12 +13,12 @@ from typing import Any
 from job.deliver.finish import ADAPTER
 from job.deliver.record import Record
 from job.display import Display
-from job.errors import DataError, DivergedError, JobError, NetworkError, PlanError, PreemptedError
+from job.errors import DivergedError, JobError, NetworkError, PlanError, PreemptedError
 from job.events import Ended, Event, Failed, Saved, Stopped
 from job.keep.checkpoints import (
     CHECKPOINTS,
-    MANIFEST,
     DamagedError,
+    check,
     drop_after,
     get_folder,
     restore_latest,
@@ -31,8 +31,8 @@ from job.keep.store import MissingError, Store
 from job.plan.forecast import Plan
 from job.plan.hardware import find_gpus, one_gpu
 from job.plan.retreat import MAX_ROLLBACKS, Fit, Rollback, leaner, roll_back
-from job.settings import Settings
-from job.supervise import ChildFailedError, StopRequest
+from job.settings import Settings, result_fingerprint
+from job.supervise import LAST_SECONDS, ChildFailedError, StopRequest
 from job.train.spec import TrainSpec
 
 HEARTBEAT_SECONDS = 30.0
@@ -40,8 +40,7 @@ MAX_HANGS = 1
 SAVE_SECONDS = 5.0
 """What a save is taken to cost until one was measured: 250 MB of adapter and optimizer on a disk of 50 MB/s."""
 WEIGHTS = "adapter_model.safetensors"
-CPU_ENVIRON = {"TORCHDYNAMO_DISABLE": "1"}
-"""Compiling for a CPU takes longer than it saves in a run as short as one does there."""
+CPU_ENVIRON = {"TORCHDYNAMO_DISABLE": "1"}  # compiling for a CPU takes longer than it saves in the short runs one does there
 
 StartChild = Callable[..., None]
 
@@ -71,7 +70,7 @@ class Training:
         self._start_child = start_child
         self._checkpoints = work / "checkpoints"
         self._mirror = self._new_mirror()
-        self._rollback = Rollback.model_validate(ledger.learned("rollback") or {})
+        self._rollback = self._learned_rollback()
         self._num_hangs = 0
         self._best_step: int | None = None
 
@@ -90,21 +89,30 @@ class Training:
                 self._start(data_dir, plan, fit, num_gpus=len(gpus))
                 break
             except ChildFailedError as failure:
-                fit = self._recover(failure, fit, has_gpu=bool(gpus))
-        self._ledger.record(last_step=self._record.last_step)
-        if self._best_step is not None:
-            self._take_best(self._best_step)
+                self._raise_if_stopped(failure)
+                with self._stop.at_once():
+                    fit = self._recover(failure, fit, has_gpu=bool(gpus))
+        with self._stop.at_once():
+            self._ledger.record(last_step=self._record.last_step)
+            if self._best_step is not None:
+                self._take_best(self._best_step)
 
     def _take_best(self, step: int) -> None:
         """Put the weights of the checkpoint with the lowest held-out loss in place of the last ones."""
         name = step_name(step)
-        folder = self._checkpoints / name
+        folder = self._work / "best"  # of its own: the mirror tidies the others
         try:
-            if not (folder / MANIFEST).is_file():  # an earlier attempt saved it, on another machine
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(self._checkpoints / name, folder)
+                check(folder)
+            except (DamagedError, OSError):  # an earlier attempt saved it, on another machine
                 get_folder(self._store, f"{CHECKPOINTS}/{name}", folder)
             shutil.copyfile(folder / WEIGHTS, self._work / ADAPTER / WEIGHTS)
         except (MissingError, DamagedError) as error:
-            raise DataError(f"EARLY_STOPPING_PATIENCE: the best checkpoint, of step {step}, is gone ({error})") from error
+            self._record.forget_best()
+            self._tell(f"the best checkpoint, of step {step}, is gone ({error}): the adapter is that of the last step")
+            return
         self._display.say(f"stopped early: the adapter is that of step {step}, with the lowest held-out loss")
 
     def on_event(self, event: Event) -> None:
@@ -112,11 +120,12 @@ class Training:
             self._best_step = event.best_step
         if isinstance(event, Saved):
             self._mirror.offer(event.step)
-            self._ledger.current.notes["save_seconds"] = event.seconds  # written with the next beat
+            if event.seconds > 0:
+                self._ledger.current.notes["save_seconds"] = event.seconds  # written with the next beat
 
     def confirm(self) -> None:
         """The newest checkpoint is in the store, or NetworkError."""
-        left = self._stop.seconds_left(self._settings.keep.grace_seconds)
+        left = max(0.0, self._stop.seconds_left(self._settings.keep.grace_seconds) - LAST_SECONDS)  # for record and report
         self._mirror.finish(left, stopped=lambda: bool(self._stop.count))
 
     def _new_mirror(self) -> Mirror:
@@ -128,14 +137,22 @@ class Training:
             before=self._record.put_metrics,
         )
 
+    def _learned_rollback(self) -> Rollback:
+        """Of earlier attempts with the same hyperparameters: whoever lowers the learning rate starts anew."""
+        learned = self._ledger.learned("rollback")
+        if not isinstance(learned, dict) or learned.get("settings") != result_fingerprint(self._settings):
+            return Rollback()
+        return Rollback.model_validate({name: value for name, value in learned.items() if name != "settings"})
+
     def _first_fit(self, plan: Plan) -> Fit:
         planned = Fit(micro_batch=plan.micro_batch, gradient_accumulation_steps=plan.gradient_accumulation_steps)
         learned = self._ledger.learned("fit")
         if learned is None:
             return planned
         fit = Fit.model_validate(learned)
-        if fit.micro_batch > planned.micro_batch:  # the user has asked for less since
-            return planned
+        effective = fit.micro_batch * fit.gradient_accumulation_steps
+        if fit.micro_batch > planned.micro_batch or effective != plan.micro_batch * plan.gradient_accumulation_steps:
+            return planned  # the user has asked for less, or for another batch, since
         self._display.say(f"memory ran out before with more: micro-batch {fit.micro_batch} x {fit.gradient_accumulation_steps}")
         return fit
 
@@ -194,10 +211,17 @@ class Training:
         mean = mean_seconds_between_failures(self._ledger.attempts) or DEFAULT_MEAN_SECONDS_BETWEEN_FAILURES
         return save_interval_seconds(float(cost) if isinstance(cost, (int, float)) else SAVE_SECONDS, mean)
 
+    def _raise_if_stopped(self, failure: ChildFailedError) -> None:
+        """A run that would have gone on but for a signal is stopped, and not out of memory, diverged or hung."""
+        if not self._stop.count:
+            return
+        if failure.stopped in (Stopped.OUT_OF_MEMORY, Stopped.DIVERGED) or failure.has_hung:
+            error = PreemptedError(f"stopped by a signal; before it: {failure.error}")
+            raise ChildFailedError(error, Stopped.PREEMPTED, failed=failure.failed) from failure
+        raise failure
+
     def _recover(self, failure: ChildFailedError, fit: Fit, *, has_gpu: bool) -> Fit:
         """Make the next start different, or raise."""
-        if self._stop.count:
-            raise failure
         if failure.stopped is Stopped.OUT_OF_MEMORY:
             return self._retreat(failure, fit, has_gpu=has_gpu)
         if failure.stopped is Stopped.DIVERGED and failure.failed is not None:
@@ -240,7 +264,7 @@ class Training:
         drop_after(self._store, self._checkpoints, first_step - 1)
         self._mirror = self._new_mirror()
         self._rollback = rollback
-        self._note("rollback", rollback.model_dump(mode="json"))
+        self._note("rollback", {**rollback.model_dump(mode="json"), "settings": result_fingerprint(self._settings)})
         self._tell(
             f"diverged at step {last_step}: back to the last checkpoint before step {first_step}, learning rate x "
             f"{rollback.learning_rate_scale:g}, steps {first_step}-{last_step} are skipped"
@@ -248,16 +272,13 @@ class Training:
 
     def _note(self, name: str, value: Any) -> None:
         try:
-            with self._stop.at_once():
-                self._ledger.note(name, value)
-        except PreemptedError:
-            raise
+            self._ledger.note(name, value)
         except JobError as error:  # this attempt knows it all the same
             self._display.say(f"warning: {error}")
 
     def _tell(self, text: str) -> None:
-        self._record.happened(text)
         self._display.say(text)
+        self._note("happenings", self._record.happened(text))
 
     def _keep_stacks(self) -> None:
         stacks = self._work / "trainer" / "stacks.txt"

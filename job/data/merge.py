@@ -63,7 +63,14 @@ class Kept:
 
     def select(self, chosen: NDArray[Any]) -> "Kept":
         """The pieces at these places, or where a mask is true."""
+        if chosen.dtype == np.bool_ and chosen.all():
+            return self
         return Kept(**{name: getattr(self, name)[chosen] for name in self.__slots__})
+
+    def of_source(self, number: int) -> "Kept":
+        """The pieces of one source, as a view."""
+        start, end = np.searchsorted(self.source, [number, number + 1])
+        return Kept(**{name: getattr(self, name)[start:end] for name in self.__slots__})
 
     def by_shard(self) -> Iterator[tuple[int, "Kept"]]:
         """(shard, its pieces), for each shard that has some."""
@@ -137,7 +144,8 @@ class Merger:
 
     def result(self) -> Kept:
         """All that was kept."""
-        return Kept(**{name: np.concatenate([getattr(kept, name) for kept in self._kept]) for name in Kept.__slots__})
+        kept, self._kept = self._kept, []
+        return Kept(**{name: np.concatenate([getattr(one, name) for one in kept]) for name in Kept.__slots__})
 
     def drop(self, kept: Kept, reason: Reason) -> None:
         """Count rows that were kept as dropped after all; `kept` holds every piece of them."""

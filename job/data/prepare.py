@@ -192,7 +192,7 @@ def _write(merger: Merger, inputs: list[_Input], settings: DataSettings, tokeniz
         write_set(folder / "eval", held, np.arange(len(held.row)), shards=merger.shards, sources=names)
     return Tally(
         sources=[
-            _source_tally(state, one, kept.select(kept.source == number), merger.shards, tokenizer)
+            _source_tally(state, one, kept.of_source(number), merger.shards, tokenizer)
             for number, (state, one) in enumerate(zip(sources, inputs, strict=False))
         ],
         num_train=len(order),
@@ -205,7 +205,7 @@ def _write(merger: Merger, inputs: list[_Input], settings: DataSettings, tokeniz
 
 
 def _source_tally(state: SourceState, one: _Input, kept: Kept, shards: list[Path], tokenizer: Tokenizer) -> SourceTally:
-    lengths = Counter((2 ** np.ceil(np.log2(kept.num_tokens)).astype(int)).tolist())
+    edges, counts = np.unique(2 ** np.ceil(np.log2(kept.num_tokens)).astype(np.int32), return_counts=True)
     first: list[Stretch] = []
     if len(kept.row):
         piece = read_shard(shards[kept.shard[0]]).slice(kept.position[0], 1)
@@ -220,7 +220,7 @@ def _source_tally(state: SourceState, one: _Input, kept: Kept, shards: list[Path
         dropped={reason.value: state.dropped[reason] for reason in Reason if state.dropped[reason]},
         num_tokens=state.num_tokens,
         held_out=state.held_out,
-        lengths={str(edge): lengths[edge] for edge in sorted(lengths)},
+        lengths={str(edge): int(count) for edge, count in zip(edges, counts, strict=True)},
         languages=dict(state.languages.most_common()),
         samples={reason.value: state.samples[reason] for reason in Reason if state.samples.get(reason)},
         first_example=first,

@@ -34,11 +34,12 @@ def write_set(folder: Path, kept: Kept, order: Places, *, shards: list[Path], so
     )
     folder.mkdir(parents=True)
     schema = features.arrow_schema
-    unique, inverse = np.unique(order, return_inverse=True)
-    in_sequence = len(unique) == len(order) and bool(np.all(order[1:] > order[:-1]))
+    in_sequence = bool(np.all(order[1:] > order[:-1]))
     natural = folder / (_FILE if in_sequence else "natural.arrow")
-    _write(natural, schema, _tables(kept.select(unique), shards, sources, schema))
+    unique = order if in_sequence else np.unique(order)
+    _write(natural, schema, _tables(kept if len(unique) == len(kept.row) else kept.select(unique), shards, sources, schema))
     if not in_sequence:
+        inverse = np.searchsorted(unique, order)
         view = datasets.Dataset.from_file(str(natural)).select(inverse).with_format("arrow")
         _write(folder / _FILE, schema, (table.cast(schema) for table in view.iter(batch_size=_BATCH)))
         del view
@@ -46,7 +47,7 @@ def write_set(folder: Path, kept: Kept, order: Places, *, shards: list[Path], so
     datasets.DatasetInfo(features=features).write_to_directory(str(folder))
     state: dict[str, Any] = {
         "_data_files": [{"filename": _FILE}],
-        "_fingerprint": hashlib.sha256(np.asarray(order).tobytes() + kept.key.tobytes()).hexdigest()[:16],
+        "_fingerprint": _fingerprint(order, kept.key),
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
@@ -54,6 +55,13 @@ def write_set(folder: Path, kept: Kept, order: Places, *, shards: list[Path], so
         "_split": None,
     }
     (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True), "utf-8")
+
+
+def _fingerprint(*arrays: Any) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
 
 
 def _tables(kept: Kept, shards: list[Path], sources: list[str], schema: pyarrow.Schema) -> Iterator[pyarrow.Table]:

@@ -62,4 +62,5 @@ def deliver(
 
 def _commit_message(report: Report) -> str:
     loss = report.chosen.eval_loss if report.chosen else None
-    return f"{report.run_id}: step {report.actual.num_steps}" + ("" if loss is None else f", held-out loss {loss:.4f}")
+    step = report.chosen.step if report.chosen else report.actual.num_steps
+    return f"{report.run_id}: step {step}" + ("" if loss is None else f", held-out loss {loss:.4f}")

@@ -4,11 +4,13 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from job.data.tally import Tally
 from job.deliver.report import Chosen, Happening, Report, count_actual, find_versions
 from job.errors import JobError
 from job.events import Ended, Evaluated, Event, Fetched, Loaded, Sampled, Stepped, Stopped, metrics_row
-from job.keep.ledger import Ledger
+from job.keep.ledger import Attempt, Ledger
 from job.keep.store import MissingError, Store, read_json_lines, read_text, write_text
 from job.plan.forecast import Plan
 from job.settings import Settings
@@ -27,6 +29,7 @@ class Record:
         self._device: str | None = None
         self._peak_memory_bytes: int | None = None
         self._best_step: int | None = None
+        self._ended_step = 0
         self.model_dir = Path()
         self.revision: str | None = None
         self.plan: Plan | None = None
@@ -50,11 +53,17 @@ class Record:
             case Sampled():
                 self._samples.append(event)
             case Ended():
-                self._peak_memory_bytes, self._best_step = event.peak_memory_bytes, event.best_step
+                self._peak_memory_bytes = max(self._peak_memory_bytes or 0, event.peak_memory_bytes)
+                self._ended_step, self._best_step = event.step, event.best_step
 
-    def happened(self, text: str) -> None:
-        """Something that whoever reads the report should know."""
+    def happened(self, text: str) -> list[JsonValue]:
+        """Something that whoever reads the report should know; returns all of this attempt, to be noted in the ledger."""
         self._happenings.append(Happening(at=datetime.now(UTC), step=self.last_step, text=text))
+        return [happening.model_dump(mode="json") for happening in self._happenings]
+
+    def forget_best(self) -> None:
+        """The best checkpoint is gone: the last step is the one delivered."""
+        self._best_step = None
 
     def rewind(self, first_step: int) -> None:
         """Take over the steps up to the checkpoint that is continued from, of this attempt or of earlier ones."""
@@ -82,14 +91,14 @@ class Record:
             "exit_status": 0 if error is None else error.exit_status,
             "reason": None if error is None else str(error),
             "attempts": ledger.attempts,
-            "happenings": self._happenings,
+            "happenings": _happenings(ledger.past) + self._happenings,
         }
         if not self._rows and (past := self._past_report()) is not None:
             return past.model_copy(update={**outcome, "actual": past.actual.model_copy(update=_time_and_cost(ledger))})
         rows = [row for _, row in sorted(self._rows.items())]
         steps = [row for row in rows if "loss" in row]
         evaluations = [{"step": row["step"], "eval_loss": row["eval_loss"]} for row in rows if "eval_loss" in row]
-        last_step = int(steps[-1]["step"]) if steps else 0
+        last_step = max(self._ended_step, int(steps[-1]["step"]) if steps else 0)  # the last step may have been skipped
         chosen = self._best_step or last_step
         chosen_loss = next((row["eval_loss"] for row in evaluations if row["step"] == chosen), None)
         return Report(
@@ -118,6 +127,11 @@ class Record:
             return Report.model_validate_json(read_text(self._store, REPORT, self._work))
         except (MissingError, ValueError):
             return None
+
+
+def _happenings(attempts: list[Attempt]) -> list[Happening]:
+    noted = (attempt.notes.get("happenings") for attempt in attempts)
+    return [Happening.model_validate(one) for notes in noted if isinstance(notes, list) for one in notes]
 
 
 def _time_and_cost(ledger: Ledger) -> dict[str, object]:

@@ -75,7 +75,7 @@ class Report(BaseModel):
     """Held-out loss by step, in order: {"step", "eval_loss"}."""
     chosen: Chosen | None
     happenings: list[Happening] = []
-    """Of the last attempt, in order."""
+    """Of all attempts, in order."""
     publication: Publication | None
     samples: list[Sampled]
     model: dict[str, str | None]
@@ -119,8 +119,9 @@ def summarise(report: Report, *, adapter: str, report_file: str) -> str:
         f"{_duration(actual.seconds)} in {len(report.attempts)} attempt(s), {cost}",
     ]
     if len(report.evaluations) > 1:
-        first, last = report.evaluations[0], report.evaluations[-1]
-        lines.append(f"held-out loss: {first['eval_loss']:.3f} before, {last['eval_loss']:.3f} after")
+        first, last = report.evaluations[0]["eval_loss"], report.evaluations[-1]["eval_loss"]
+        after = report.chosen.eval_loss if report.chosen and report.chosen.eval_loss is not None else last
+        lines.append(f"held-out loss: {first:.3f} before, {after:.3f} after")
     if report.data is not None:
         rows = sum(source.num_rows for source in report.data.sources)
         kept = sum(source.num_kept for source in report.data.sources)

@@ -140,11 +140,15 @@ class Mirror:
                         return None
                     self._wake.wait(rest)
             self._wake.wait_for(lambda: self._wanted is not None or self._deadline is not None)
-            return self._wanted
+            return None if self._is_late() else self._wanted
 
     def _is_hopeless(self) -> bool:
         late = self._deadline is not None and time.monotonic() >= self._deadline
         return late or not isinstance(self._error, NetworkError)
+
+    def _is_late(self) -> bool:
+        """Whether `finish` has given up on this thread: another may be at work, so nothing is touched any more."""
+        return self._in_haste and self._deadline is not None and time.monotonic() >= self._deadline
 
     def _store_step(self, step: int) -> None:
         begun = time.monotonic()
@@ -160,6 +164,8 @@ class Mirror:
             raise
         self.seconds[step] = time.monotonic() - begun
         self._forget(step)
+        if self._in_haste:
+            return
         try:
             self._tidy(step)
         except JobError as error:  # the checkpoint is safe; what is left over goes with the next one
@@ -205,7 +211,7 @@ class Mirror:
 
     def _check_haste(self, step: int) -> None:
         with self._wake:
-            if self._in_haste and self._wanted is not None and self._wanted > step:
+            if self._is_late() or (self._in_haste and self._wanted is not None and self._wanted > step):
                 raise _PassedOverError
 
     def _forget(self, step: int) -> None:

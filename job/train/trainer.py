@@ -15,7 +15,8 @@ import torch
 from transformers import PrinterCallback
 
 from job.errors import DivergedError, JobError, MachineError, PlanError, PreemptedError
-from job.events import Ended, EventWriter, Failed, Loaded, Phase, Progress, Stopped, Warned
+from job.events import Ended, EventWriter, Failed, Loaded, Phase, Progress, Saved, Stopped, Warned
+from job.keep.checkpoints import MANIFEST, STORED, check, seal, step_name
 from job.settings import is_hub_id
 from job.train.arguments import make_arguments
 from job.train.faults import Faults
@@ -123,13 +124,17 @@ def _train(spec: TrainSpec, events: EventWriter, watch: Watch, stop: StopSignal,
             dtype=str(pick_dtype(spec.model.dtype)).removeprefix("torch."),
         )
     )
-    if spec.resume_from is not None and (watch.step >= spec.num_steps or watch.lacks_evaluation()):
+    if spec.resume_from is not None and (watch.step >= spec.num_steps or watch.lacks_evaluation() or watch.has_stopped_early):
         load_adapter(trainer, spec.resume_from)
         _evaluate(trainer, watch, events, has_eval=has_eval)
+        _seal_with_loss(spec.resume_from, watch, events)
     if watch.step < spec.num_steps and not watch.has_stopped_early:
         trainer.train(resume_from_checkpoint=str(spec.resume_from) if spec.resume_from else None)
         stop.exit_at_once(lambda text: events.write(_preempted(text)))
         _evaluate(trainer, watch, events, has_eval=has_eval)
+    best = watch.best_step if watch.has_stopped_early else None
+    if best is not None and (spec.checkpoints_dir / step_name(best) / MANIFEST).is_file():
+        load_adapter(trainer, spec.checkpoints_dir / step_name(best))  # else the supervisor fetches it
     watch.phase = Phase.SAVE
     trainer.model.save_pretrained(str(spec.adapter_dir))
     tokenizer.save_pretrained(str(spec.adapter_dir))
@@ -143,8 +148,16 @@ def _train(spec: TrainSpec, events: EventWriter, watch: Watch, stop: StopSignal,
         if isinstance(error, JobError):
             raise
         events.write(Warned(text=f"no samples: {type(error).__name__}: {error}"))
-    best = watch.best_step if watch.has_stopped_early else None
     return Ended(stopped=Stopped.FINISHED, step=watch.step, peak_memory_bytes=_peak_memory_bytes(), best_step=best)
+
+
+def _seal_with_loss(checkpoint: Path, watch: Watch, events: EventWriter) -> None:
+    """Write a held-out loss that was measured only now into the manifest: what is kept goes by the manifests."""
+    loss = watch.evaluations.get(watch.step)
+    if loss is not None and check(checkpoint).eval_loss is None:
+        seal(checkpoint, watch.step, eval_loss=loss)
+        (checkpoint / STORED).unlink(missing_ok=True)
+        events.write(Saved(step=watch.step, path=str(checkpoint), seconds=0.0))
 
 
 def _evaluate(trainer: Loop, watch: Watch, events: EventWriter, *, has_eval: bool) -> None:
