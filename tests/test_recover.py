@@ -2,11 +2,14 @@
 
 import json
 import re
+import shutil
 from typing import Any
 
 import psutil
 import pytest
 from conftest import Job
+from fault_proxy import ALWAYS, Fault
+from s3_server import KEYS, s3_server
 
 from job.plan.retreat import Fit, Rollback, leaner, roll_back
 
@@ -121,3 +124,46 @@ def test_a_run_that_overfits_stops_early_and_delivers_its_best_checkpoint(job: J
     assert best < max(losses) < 60
     kept = (job.kept / f"checkpoints/step-{best:06d}/adapter_model.safetensors").read_bytes()
     assert (job.kept / "adapter/adapter_model.safetensors").read_bytes() == kept
+
+
+def test_an_early_stop_that_was_killed_before_its_end_ends_the_same_on_another_machine(job: Job) -> None:
+    overfitting = {
+        "MAX_STEPS": "60",
+        "NUM_TRAIN_EPOCHS": "60",
+        "LEARNING_RATE": "0.05",
+        "EVAL_STEPS": "3",
+        "EVAL_FRACTION": "0.4",
+    }
+    settings = {**overfitting, "EARLY_STOPPING_PATIENCE": "2", "SAVE_STEPS": "1000", "LR_SCHEDULER_TYPE": "constant"}
+    other = Job(job.folder / "other", job.settings | {"OUTPUT_URI": str(job.folder / "other/runs")})
+    assert other.run("run", **settings)[0] == 0
+    last = int(other.report()["evaluations"][-1]["step"])
+    status, output = job.run("run", JOB_FAULT=f"kill-sample@{last}", **settings)
+    assert status == 5, output
+    shutil.rmtree(job.folder / "work")
+    status, output = job.run("run", **settings)
+    assert status == 0, output
+    assert job.report()["chosen"] == other.report()["chosen"]
+    assert [sample["after"] for sample in job.report()["samples"]] == [sample["after"] for sample in other.report()["samples"]]
+    adapters = [one.kept / "adapter/adapter_model.safetensors" for one in (job, other)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_a_store_that_refuses_the_adapter_is_told_in_the_report_and_the_next_start_finishes(job: Job) -> None:
+    with s3_server() as server:
+        keys = {f"AWS_{name.removeprefix('aws_').upper()}": value for name, value in KEYS.items() if name.startswith("aws_")}
+        settings = {
+            **keys,
+            "AWS_REGION": KEYS["region_name"],
+            "OUTPUT_URI": "s3://bucket",
+            "AWS_ENDPOINT_URL_S3": server.proxy.url,
+        }
+        server.proxy.add(Fault(kind="error", code="AccessDenied", method="PUT", path="/r/adapter/", times=ALWAYS))
+        status, output = job.run("run", **settings)
+        assert status == 2, output
+        report = json.loads(server.client.get_object(Bucket="bucket", Key="r/report.json")["Body"].read())
+        assert (report["stopped"], report["exit_status"]) == ("crashed", 2)
+        server.proxy.clear()
+        status, output = job.run("run", **settings)
+        assert status == 0, output
+        assert {"r/DONE", "r/adapter/manifest.json"} <= set(server.names())
