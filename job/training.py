@@ -14,15 +14,17 @@ from job.deliver.finish import ADAPTER
 from job.deliver.record import Record
 from job.display import Display
 from job.errors import DivergedError, JobError, NetworkError, PlanError, PreemptedError
-from job.events import Ended, Event, Failed, Saved, Stopped
+from job.events import Event, Failed, Saved, Stopped
 from job.keep.checkpoints import (
     CHECKPOINTS,
+    MANIFEST,
     DamagedError,
-    check,
+    best_step,
     drop_after,
     get_folder,
     restore_latest,
     step_name,
+    store_losses,
 )
 from job.keep.interval import DEFAULT_MEAN_SECONDS_BETWEEN_FAILURES, mean_seconds_between_failures, save_interval_seconds
 from job.keep.ledger import Ledger
@@ -39,7 +41,6 @@ HEARTBEAT_SECONDS = 30.0
 MAX_HANGS = 1
 SAVE_SECONDS = 5.0
 """What a save is taken to cost until one was measured: 250 MB of adapter and optimizer on a disk of 50 MB/s."""
-WEIGHTS = "adapter_model.safetensors"
 CPU_ENVIRON = {"TORCHDYNAMO_DISABLE": "1"}  # compiling for a CPU takes longer than it saves in the short runs one does there
 
 StartChild = Callable[..., None]
@@ -72,7 +73,6 @@ class Training:
         self._mirror = self._new_mirror()
         self._rollback = self._learned_rollback()
         self._num_hangs = 0
-        self._best_step: int | None = None
 
     def run(self, data_dir: Path, plan: Plan) -> None:
         """Train to the last step.
@@ -94,30 +94,8 @@ class Training:
                     fit = self._recover(failure, fit, has_gpu=bool(gpus))
         with self._stop.at_once():
             self._ledger.record(last_step=self._record.last_step)
-            if self._best_step is not None:
-                self._take_best(self._best_step)
-
-    def _take_best(self, step: int) -> None:
-        """Put the weights of the checkpoint with the lowest held-out loss in place of the last ones."""
-        name = step_name(step)
-        folder = self._work / "best"  # of its own: the mirror tidies the others
-        try:
-            try:
-                shutil.rmtree(folder, ignore_errors=True)
-                shutil.copytree(self._checkpoints / name, folder)
-                check(folder)
-            except (DamagedError, OSError):  # an earlier attempt saved it, on another machine
-                get_folder(self._store, f"{CHECKPOINTS}/{name}", folder)
-            shutil.copyfile(folder / WEIGHTS, self._work / ADAPTER / WEIGHTS)
-        except (MissingError, DamagedError) as error:
-            self._record.forget_best()
-            self._tell(f"the best checkpoint, of step {step}, is gone ({error}): the adapter is that of the last step")
-            return
-        self._display.say(f"stopped early: the adapter is that of step {step}, with the lowest held-out loss")
 
     def on_event(self, event: Event) -> None:
-        if isinstance(event, Ended):
-            self._best_step = event.best_step
         if isinstance(event, Saved):
             self._mirror.offer(event.step)
             if event.seconds > 0:
@@ -160,6 +138,8 @@ class Training:
         keep = self._settings.keep
         with self._stop.at_once():
             resume_from = restore_latest(self._store, self._checkpoints, lambda text: self._display.say(f"warning: {text}"))
+            if self._settings.train.early_stopping_patience is not None:
+                self._bring_best()
             first_step = int(resume_from.name.removeprefix("step-")) if resume_from else 0
             if self._ledger.current.first_step is None:
                 self._ledger.record(first_step=first_step, last_step=first_step)
@@ -202,6 +182,16 @@ class Training:
             on_idle=lambda: self._ledger.beat(HEARTBEAT_SECONDS, self._record.last_step or first_step),
             hang_seconds=keep.hang_seconds,
         )
+
+    def _bring_best(self) -> None:
+        """The trainer may end at once with the best checkpoint, which an attempt on another machine has saved."""
+        best = best_step(store_losses(self._store, self._work / "mirror"))
+        if best is None or (self._checkpoints / step_name(best) / MANIFEST).is_file():
+            return
+        try:
+            get_folder(self._store, f"{CHECKPOINTS}/{step_name(best)}", self._checkpoints / step_name(best))
+        except (MissingError, DamagedError) as error:
+            self._tell(f"the checkpoint with the lowest held-out loss, of step {best}, is gone ({error})")
 
     def _save_interval_seconds(self) -> float:
         asked = self._settings.keep.save_interval

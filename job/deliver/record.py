@@ -61,10 +61,6 @@ class Record:
         self._happenings.append(Happening(at=datetime.now(UTC), step=self.last_step, text=text))
         return [happening.model_dump(mode="json") for happening in self._happenings]
 
-    def forget_best(self) -> None:
-        """The best checkpoint is gone: the last step is the one delivered."""
-        self._best_step = None
-
     def rewind(self, first_step: int) -> None:
         """Take over the steps up to the checkpoint that is continued from, of this attempt or of earlier ones."""
         if first_step and not self._rows:

@@ -16,7 +16,7 @@ from transformers import PrinterCallback
 
 from job.errors import DivergedError, JobError, MachineError, PlanError, PreemptedError
 from job.events import Ended, EventWriter, Failed, Loaded, Phase, Progress, Saved, Stopped, Warned
-from job.keep.checkpoints import MANIFEST, STORED, check, seal, step_name
+from job.keep.checkpoints import STORED, DamagedError, check, seal, step_name
 from job.settings import is_hub_id
 from job.train.arguments import make_arguments
 from job.train.faults import Faults
@@ -132,9 +132,7 @@ def _train(spec: TrainSpec, events: EventWriter, watch: Watch, stop: StopSignal,
         trainer.train(resume_from_checkpoint=str(spec.resume_from) if spec.resume_from else None)
         stop.exit_at_once(lambda text: events.write(_preempted(text)))
         _evaluate(trainer, watch, events, has_eval=has_eval)
-    best = watch.best_step if watch.has_stopped_early else None
-    if best is not None and (spec.checkpoints_dir / step_name(best) / MANIFEST).is_file():
-        load_adapter(trainer, spec.checkpoints_dir / step_name(best))  # else the supervisor fetches it
+    best = _load_best(trainer, watch, spec, events) if watch.has_stopped_early else None
     watch.phase = Phase.SAVE
     trainer.model.save_pretrained(str(spec.adapter_dir))
     tokenizer.save_pretrained(str(spec.adapter_dir))
@@ -149,6 +147,19 @@ def _train(spec: TrainSpec, events: EventWriter, watch: Watch, stop: StopSignal,
             raise
         events.write(Warned(text=f"no samples: {type(error).__name__}: {error}"))
     return Ended(stopped=Stopped.FINISHED, step=watch.step, peak_memory_bytes=_peak_memory_bytes(), best_step=best)
+
+
+def _load_best(trainer: Loop, watch: Watch, spec: TrainSpec, events: EventWriter) -> int | None:
+    """Put the weights with the lowest held-out loss into the model; returns their step, None when they are gone."""
+    best = watch.best_step
+    assert best is not None
+    try:
+        check(spec.checkpoints_dir / step_name(best))
+    except DamagedError as error:
+        events.write(Warned(text=f"the adapter is that of the last step: the best, of step {best}, is gone ({error})"))
+        return None
+    load_adapter(trainer, spec.checkpoints_dir / step_name(best))
+    return best
 
 
 def _seal_with_loss(checkpoint: Path, watch: Watch, events: EventWriter) -> None:
