@@ -107,15 +107,20 @@ def test_a_trainer_that_hangs_twice_exits_5(job: Job) -> None:
     ]
 
 
+OVERFITTING = {
+    "MAX_STEPS": "60",
+    "NUM_TRAIN_EPOCHS": "60",
+    "LEARNING_RATE": "0.05",
+    "LR_SCHEDULER_TYPE": "constant",
+    "EVAL_FRACTION": "0.4",
+    "EVAL_STEPS": "3",
+    "EARLY_STOPPING_PATIENCE": "2",
+    "SAVE_STEPS": "1000",
+}
+
+
 def test_a_run_that_overfits_stops_early_and_delivers_its_best_checkpoint(job: Job) -> None:
-    overfitting = {
-        "MAX_STEPS": "60",
-        "NUM_TRAIN_EPOCHS": "60",
-        "LEARNING_RATE": "0.05",
-        "EVAL_STEPS": "3",
-        "EVAL_FRACTION": "0.4",
-    }
-    status, output = job.run("run", EARLY_STOPPING_PATIENCE="2", SAVE_STEPS="1000", LR_SCHEDULER_TYPE="constant", **overfitting)
+    status, output = job.run("run", **OVERFITTING)
     assert status == 0, output
     report = job.report()
     losses = {row["step"]: row["eval_loss"] for row in report["evaluations"] if row["step"] > 0}
@@ -127,21 +132,13 @@ def test_a_run_that_overfits_stops_early_and_delivers_its_best_checkpoint(job: J
 
 
 def test_an_early_stop_that_was_killed_before_its_end_ends_the_same_on_another_machine(job: Job) -> None:
-    overfitting = {
-        "MAX_STEPS": "60",
-        "NUM_TRAIN_EPOCHS": "60",
-        "LEARNING_RATE": "0.05",
-        "EVAL_STEPS": "3",
-        "EVAL_FRACTION": "0.4",
-    }
-    settings = {**overfitting, "EARLY_STOPPING_PATIENCE": "2", "SAVE_STEPS": "1000", "LR_SCHEDULER_TYPE": "constant"}
     other = Job(job.folder / "other", job.settings | {"OUTPUT_URI": str(job.folder / "other/runs")})
-    assert other.run("run", **settings)[0] == 0
+    assert other.run("run", **OVERFITTING)[0] == 0
     last = int(other.report()["evaluations"][-1]["step"])
-    status, output = job.run("run", JOB_FAULT=f"kill-sample@{last}", **settings)
+    status, output = job.run("run", JOB_FAULT=f"kill-sample@{last}", **OVERFITTING)
     assert status == 5, output
     shutil.rmtree(job.folder / "work")
-    status, output = job.run("run", **settings)
+    status, output = job.run("run", **OVERFITTING)
     assert status == 0, output
     assert job.report()["chosen"] == other.report()["chosen"]
     assert [sample["after"] for sample in job.report()["samples"]] == [sample["after"] for sample in other.report()["samples"]]
