@@ -155,4 +155,7 @@ def _recipes() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    for number in (signal.SIGTERM, signal.SIGINT):  # else Python puts the defaults back while it ends, and 143 hides the status
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)

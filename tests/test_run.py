@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,19 @@ def test_a_store_that_goes_away_does_not_stop_the_training(job: Job) -> None:
         assert process.returncode == 0, output
         kept = {"checkpoints/step-000060/manifest.json", "adapter/manifest.json", "DONE"}
         assert {f"away/r/{name}" for name in kept} <= set(server.names())
+
+
+def test_signals_while_the_process_ends_do_not_change_its_status(finished: Job) -> None:
+    for _ in range(4):
+        process = finished.start("run")
+        assert process.stdout is not None
+        process.stdout.readline()  # now it minds signals itself
+        while process.poll() is None:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            time.sleep(0.0005)
+        process.communicate()
+        assert process.returncode in (0, 75)
 
 
 def test_publish_pushes_a_run_that_was_done_without_it(job: Job) -> None:
