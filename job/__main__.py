@@ -63,7 +63,8 @@ def _job(command: str, flags: dict[str, str]) -> int:
 
     settings = configuration.settings
     secrets = _secrets(configuration)
-    redact = redactor(secrets.values())
+    signatures = {text for spec in (*settings.data.datasets, *settings.data.eval_datasets) for text in spec.signatures}
+    redact = redactor([*secrets.values(), *signatures])
     names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
     stop = StopRequest()
     run_id = settings.keep.run_id or default_run_id(settings)

@@ -14,19 +14,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from job.data.prepare import DROPPED, prepare
-from job.data.shards import VERSION
-from job.data.sources import open_source
-from job.data.tally import load_tally
-from job.data.templates import set_template
+from job.data.tally import DROPPED, load_tally
 from job.errors import DataError, Problem, SettingsError
 from job.events import EventWriter, Progress
 from job.keep.checkpoints import MANIFEST, DamagedError, check, discard, seal
 from job.keep.store import Store, read_text
 from job.settings import DatasetSpec, Where
 from job.train.spec import PrepareSpec
-
-__all__ = ["DROPPED", "is_same", "locked", "make_prepared"]
 
 ORIGIN = "origin.json"
 _WAIT_SECONDS = 2.0
@@ -40,6 +34,10 @@ def make_prepared(spec: PrepareSpec, events: EventWriter) -> None:
         SettingsError: the tokenizer cannot be loaded.
         DataError, NetworkError, MachineError: as `prepare`; DataError too when a file changed meanwhile.
     """
+    from job.data.prepare import (
+        prepare,  # pyarrow with it: the supervisor, which only asks whether a folder is whole, stays small
+    )
+
     with locked(spec.folder, lambda: events.write(Progress(text="waiting for another run that prepares the same data"))):
         if _is_current(spec):
             events.write(Progress(text="the data was prepared before"))
@@ -117,6 +115,8 @@ def _is_current(spec: PrepareSpec) -> bool:
 
 def _origin(spec: PrepareSpec) -> str:
     """What the prepared data depends on and its folder's name does not tell, as JSON."""
+    from job.data.shards import VERSION
+
     files = sorted({path for pattern in _TOKENIZER_FILES for path in spec.model_dir.glob(pattern) if path.is_file()})
     made_with = {"version": str(VERSION)} | {path.name: _digest(path) for path in files}
     if (detector := Path(spec.data.language_model).expanduser()).is_file():
@@ -139,11 +139,15 @@ def _states(spec: PrepareSpec) -> dict[Path, tuple[int, int]]:
 def _is_unmoved(spec: DatasetSpec, revision: str | None, cache_dir: Path) -> bool:
     if spec.kind in (Where.LOCAL, Where.PACKAGE):
         return True  # its content is in the folder's name
+    from job.data.sources import open_source
+
     return spec.kind is Where.HUB and revision is not None and open_source(spec, cache_dir).revision == revision
 
 
 def _load_tokenizer(spec: PrepareSpec) -> Any:
     from transformers import AutoTokenizer
+
+    from job.data.templates import set_template
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec.model_dir, trust_remote_code=spec.trust_remote_code)

@@ -145,14 +145,14 @@ class Run:
             stopped, error = Stopped.PREEMPTED, failure
         except JobError as failure:
             stopped, error = Stopped.CRASHED, failure
-        except OSError as failure:
-            if failure.errno not in DISK_ERRORS:
+        except Exception as bug:
+            if (
+                not isinstance(bug, OSError) or bug.errno not in DISK_ERRORS
+            ):  # what is trained is stored before the traceback is shown
+                self._record_failure(ledger, Stopped.CRASHED, JobError(f"{type(bug).__name__}: {bug}"))
                 raise
-            text = f"{failure.filename or 'a disk'}: {failure.strerror}; free it, or name another place"
+            text = f"WORK_DIR: {bug.filename or 'its disk'}: {bug.strerror}; free it, or name a folder on another disk"
             stopped, error = Stopped.CRASHED, MachineError(text)
-        except Exception as bug:  # what is trained is stored before its traceback is shown
-            self._record_failure(ledger, Stopped.CRASHED, JobError(f"{type(bug).__name__}: {bug}"))
-            raise
         if error is not None:
             self._record_failure(ledger, stopped, error)
             raise error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from job.data.tally import TALLY, describe, load_tally
+from job.data.tally import DROPPED, TALLY, describe, load_tally
 from job.deliver.record import Record
 from job.display import Display
 from job.events import Event
@@ -16,7 +16,7 @@ from job.keep.checkpoints import DamagedError, delete_folder, get_folder, put_fo
 from job.keep.ledger import Ledger
 from job.keep.store import MissingError, Store, write_text
 from job.plan.forecast import forecast
-from job.prepared import DROPPED, is_same, locked
+from job.prepared import is_same, locked
 from job.settings import Settings, data_fingerprint
 from job.supervise import StopRequest, child_environ, run_child
 from job.train.spec import FetchSpec, PrepareSpec
@@ -80,7 +80,8 @@ class Stages:
             with self._stop.at_once():
                 delete_folder(self._store, name)
                 put_folder(self._store, folder, name)
-                write_text(self._store, TALLY, (folder / TALLY).read_text("utf-8"), self._work)
+                tally_text = self._display.redact((folder / TALLY).read_text("utf-8"))
+                write_text(self._store, TALLY, tally_text, self._work)
         tally = self._record.tally = load_tally(folder)
         for line in describe(tally):
             self._display.say(line)

@@ -99,7 +99,7 @@ class Training:
         if isinstance(event, Saved):
             self._mirror.offer(event.step)
             if event.seconds > 0:
-                self._ledger.current.notes["save_seconds"] = event.seconds  # written with the next beat
+                self._ledger.remember("save_seconds", event.seconds)
 
     def confirm(self) -> None:
         """The newest checkpoint is in the store, or NetworkError."""

@@ -357,6 +357,15 @@ def test_a_store_that_goes_away_does_not_stop_the_training(job: Job) -> None:
         assert {f"away/r/{name}" for name in kept} <= set(server.names())
 
 
+def test_the_signature_of_a_presigned_address_is_not_told(job: Job) -> None:
+    signature = "c2lnbmF0dXJl%2Fof%2Fsomebody"
+    status, output = job.run("run", DATASETS=f"http://127.0.0.1:9/rows.jsonl?expires=9&sig={signature}")
+    assert status == 75, output
+    assert "rows.jsonl" in output and "expires=9" in output
+    for text in (output, *(path.read_text("utf-8") for path in job.kept.rglob("*.json"))):
+        assert signature not in text and "signature/of/somebody" not in text
+
+
 def test_signals_while_the_process_ends_do_not_change_its_status(finished: Job) -> None:
     for _ in range(4):
         process = finished.start("run")

@@ -28,7 +28,7 @@ from job.data.shapes import detect_layout
 from job.data.shards import Sharder, SourceRows, read_shard
 from job.data.sources import Source, open_source
 from job.data.split import held_out, not_sampled, quotas, training_order
-from job.data.tally import TALLY, SourceTally, Stretch, Tally
+from job.data.tally import DROPPED, TALLY, SourceTally, Stretch, Tally
 from job.data.tokens import Tokenizer, Tokens, show_learned
 from job.data.workers import Task, Workers
 from job.data.write import write_set
@@ -36,7 +36,7 @@ from job.errors import DataError
 from job.settings import DatasetSpec, DataSettings
 
 ReportProgress = Callable[[str, int], None]
-SHARDS, DROPPED = "shards", "dropped.jsonl"
+SHARDS = "shards"
 _REPORT_SECONDS = 2.0
 _NUM_PEEKED = 50
 

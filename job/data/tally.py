@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-TALLY = "tally.json"
+TALLY, DROPPED = "tally.json", "dropped.jsonl"
 
 
 class Sample(BaseModel):

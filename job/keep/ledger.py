@@ -102,6 +102,10 @@ class Ledger:
         """Record something that later attempts should know."""
         self.record(notes={**self.current.notes, name: value})
 
+    def remember(self, name: str, value: JsonValue) -> None:
+        """Like `note`, written with the next record or beat."""
+        self.current = self.current.model_copy(update={"notes": {**self.current.notes, name: value}})
+
     def learned(self, name: str) -> JsonValue:
         """The newest value of a note, of this attempt or an earlier one; None when there is none."""
         return next((attempt.notes[name] for attempt in reversed(self.attempts) if name in attempt.notes), None)

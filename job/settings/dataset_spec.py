@@ -10,10 +10,12 @@ from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, unquote_plus, urlencode
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+MIN_SIGNATURE = 16
+"""Characters; a shorter value in a web address is no credential."""
 COLUMN_ROLES = (
     "messages",
     "conversations",
@@ -220,6 +222,14 @@ class DatasetSpec(BaseModel):
             raise ValueError(f"{self.where}: option split={self.split}: {error}") from None
         if self.kind is not Where.HUB and any(part.name != "train" for part in parts):
             raise ValueError(f"{self.where}: option split={self.split}: only Hub data sets have splits (train[:1000] may cut)")
+
+    @property
+    def signatures(self) -> set[str]:
+        """Long values in a web address, as written and decoded: a presigned one carries its credential there."""
+        if self.kind is not Where.HTTP:
+            return set()
+        written = [pair.partition("=")[2] for pair in self.where.partition("?")[2].split("&")]
+        return {value for text in written for value in (text, unquote_plus(text)) if len(value) >= MIN_SIGNATURE}
 
     def _check_exists(self) -> None:
         if self.kind is Where.HUB:
