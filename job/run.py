@@ -146,9 +146,8 @@ class Run:
         except JobError as failure:
             stopped, error = Stopped.CRASHED, failure
         except Exception as bug:
-            if (
-                not isinstance(bug, OSError) or bug.errno not in DISK_ERRORS
-            ):  # what is trained is stored before the traceback is shown
+            if not isinstance(bug, OSError) or bug.errno not in DISK_ERRORS:
+                # What is trained is stored before the traceback is shown.
                 self._record_failure(ledger, Stopped.CRASHED, JobError(f"{type(bug).__name__}: {bug}"))
                 raise
             text = f"WORK_DIR: {bug.filename or 'its disk'}: {bug.strerror}; free it, or name a folder on another disk"

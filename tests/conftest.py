@@ -4,11 +4,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from job.keep.store import Store, open_store
+
+if TYPE_CHECKING:
+    from s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = (
@@ -129,3 +134,21 @@ def small_run(model: Path, data: Path) -> dict[str, str]:
 def job(tmp_path: Path, tiny_model: Path, conversations: Path) -> Job:
     """A small run with a folder of its own."""
     return Job(tmp_path, small_run(tiny_model, conversations))
+
+
+@pytest.fixture(scope="module")
+def server() -> "Iterator[S3Server]":
+    """An S3 server behind a proxy that can break the way to it."""
+    from s3_server import s3_server  # moto takes a second, and most tests need no store
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """Each kind of store in turn; a module that asks for it says in its fixture `s3` how the second is reached."""
+    if request.param == "folder":
+        return open_store(str(tmp_path / "store"))
+    made: Store = request.getfixturevalue("s3")
+    return made

@@ -18,7 +18,7 @@ import pytest
 from fault_proxy import ALWAYS, Fault
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from s3_server import BUCKET, S3Server, s3_server
+from s3_server import BUCKET, S3Server
 
 from job.errors import MachineError, NetworkError, SettingsError
 from job.events import Stopped
@@ -54,25 +54,11 @@ from job.keep.store import MissingError, Store, open_store, read_json_lines, wri
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as server:
-        yield server
-
-
 @pytest.fixture
 def s3(server: S3Server, tmp_path: Path) -> Iterator[S3Store]:
     quick = Transfer(num_attempts=1, timeout_seconds=1)
     yield S3Store(BUCKET, tmp_path.name, server.credentials, transfer=quick)
     server.proxy.clear()
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "folder":
-        return open_store(str(tmp_path / "store"))
-    made: Store = request.getfixturevalue("s3")
-    return made
 
 
 def make_checkpoint(folder: Path, step: int, *, eval_loss: float | None = None, num_bytes: int = 0) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import ALWAYS, Fault
-from s3_server import BUCKET, S3Server, s3_server
+from s3_server import BUCKET, S3Server
 
 from job.errors import JobError, MachineError, NetworkError, SettingsError
 from job.keep.checkpoints import (
@@ -34,24 +34,10 @@ from job.keep.store import Store, open_store, write_text
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as server:
-        yield server
-
-
 @pytest.fixture
 def s3(server: S3Server, tmp_path: Path) -> Iterator[S3Store]:
     yield S3Store(BUCKET, tmp_path.name, server.credentials, transfer=Transfer(num_attempts=1, timeout_seconds=0.8))
     server.proxy.clear()
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "folder":
-        return open_store(str(tmp_path / "store"))
-    made: Store = request.getfixturevalue("s3")
-    return made
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 from fault_proxy import ALWAYS, Fault
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from s3_server import BUCKET, S3Server, s3_server
+from s3_server import BUCKET, S3Server
 
 from job.errors import JobError, MachineError, NetworkError, SettingsError
 from job.keep.checkpoints import delete_folder
@@ -43,25 +43,11 @@ NAMES = [
 NAMES += ["x.partial", "tab le/ x"]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as server:
-        yield server
-
-
 @pytest.fixture
 def s3(server: S3Server, tmp_path: Path) -> Iterator[S3Store]:
     """A store of its own, through the proxy."""
     yield S3Store(BUCKET, tmp_path.name, server.credentials, transfer=QUICK)
     server.proxy.clear()
-
-
-@pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "folder":
-        return open_store(str(tmp_path / "store"))
-    made: Store = request.getfixturevalue("s3")
-    return made
 
 
 def make_file(path: Path, num_bytes: int, seed: int = 0) -> Path:
