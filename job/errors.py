@@ -7,6 +7,7 @@
     |-- MachineError         5   this machine cannot run it; another may
     |-- PublishError         6   trained and safe in the store, but not on the Hub: `publish` finishes it
     |-- DivergedError        7   the loss is not finite
+    |-- BudgetError          8   MAX_COST_USD or MAX_HOURS is reached, with a checkpoint: raise it and start again
     `-- InterruptedRunError 75   stopped with what is whole kept: start it again
         |-- PreemptedError       a signal took the machine away
         `-- NetworkError         a server did not answer, or not in time
@@ -73,6 +74,10 @@ class PublishError(JobError):
 
 class DivergedError(JobError):
     exit_status = 7
+
+
+class BudgetError(JobError):
+    exit_status = 8
 
 
 class InterruptedRunError(JobError):

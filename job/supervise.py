@@ -1,4 +1,4 @@
-"""The keeper of child processes: starts one, reads its events, forwards signals, and judges how it ended.
+"""The keeper of child processes: starts one, reads its events, passes a stop on, and judges how it ended.
 
 Imports no torch. A child that is killed leaves end of file on its pipe; a supervisor that is killed closes the child's
 standard input, and the child ends itself.
@@ -11,24 +11,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from pydantic import BaseModel
 
-from job.errors import JobError, MachineError, PreemptedError, error_for_status
+from job.errors import JobError, MachineError, error_for_status
 from job.events import EVENTS_FD, Ended, Event, Failed, Stopped, read_events
+from job.stopping import StopRequest
 
 STACKS_SECONDS = 2.0
 """How long a process that hangs may take to write its stacks."""
-
-LAST_SECONDS = 2.0
-"""For the record and the report when the mirror has used up the grace: two small files."""
-
-ECHO_SECONDS = 1.0
-"""A second signal within this time is the first one over again."""
 
 SECRET_NAMES = (
     "HF_TOKEN",
@@ -44,100 +38,9 @@ QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 """Libraries' own bars and remarks would tear our lines apart; set one of these to hear them again."""
-
-
-class _StopNow(BaseException):
-    """Raised where the main thread stands. No Exception: boto3 would take it for a failed request, and try again."""
-
-
-class StopRequest:
-    """SIGTERM or SIGINT to the supervisor: the first asks children to stop, a second one kills them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._asked_at, self._raises = 0.0, False
-        self._grace_seconds: float | None = None
-        self._is_over = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if self.count == 0:
-            self._asked_at = time.monotonic()
-        elif time.monotonic() - self._asked_at < ECHO_SECONDS:
-            return  # the same request by another way: to the process group, and passed on by who started us
-        self.count += 1
-        if self._raises:
-            self._raises = False  # what puts things away after it is not interrupted again
-            raise _StopNow
-        if self._grace_seconds is not None:
-            self._set_timer(self._grace_seconds)
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises PreemptedError wherever the main thread stands: in a download, an upload, a request."""
-        self._raises = True
-        try:
-            self.check()
-            yield
-        except BaseException as error:
-            # s3transfer's own clean-up may fail over it, and hide it behind another error.
-            if self.count and not isinstance(error, PreemptedError):
-                raise self._preempted() from error
-            raise
-        finally:
-            self._raises = False
-
-    @contextmanager
-    def within_grace(self, grace_seconds: float) -> Iterator[None]:
-        """Inside, PreemptedError is raised when the grace since the first signal is over, or at a second signal: a store that is
-        silent would keep the process for minutes, and the machine's owner would kill it.
-        """
-        before = signal.signal(signal.SIGALRM, self._raise_at_alarm)
-        self._grace_seconds = grace_seconds
-        try:
-            if self.count:
-                self._set_timer(grace_seconds)
-            yield
-        except BaseException as error:
-            if self._is_over:
-                text = f"GRACE_SECONDS={grace_seconds:g} are over, and not all is in the store; start again to continue"
-                raise PreemptedError(text) from error
-            raise
-        finally:
-            self._grace_seconds = None
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-
-    def _set_timer(self, grace_seconds: float) -> None:
-        if self.count > 1:
-            self._raise_at_alarm(0, None)
-        signal.setitimer(signal.ITIMER_REAL, max(self.seconds_left(grace_seconds), LAST_SECONDS))
-
-    def _raise_at_alarm(self, _number: int, _frame: FrameType | None) -> None:
-        self._is_over = True
-        raise _StopNow
-
-    def seconds_left(self, grace_seconds: float) -> float:
-        """What is left of the grace since the first signal: all of it while there was none, nothing after a second one."""
-        if self.count > 1:
-            return 0.0
-        return grace_seconds if self.count == 0 else max(0.0, self._asked_at + grace_seconds - time.monotonic())
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the time that `within_grace` gave is over."""
-        return self._is_over
-
-    def check(self) -> None:
-        """Raise PreemptedError when a stop was asked for."""
-        if self.count:
-            raise self._preempted()
-
-    def _preempted(self) -> PreemptedError:
-        return PreemptedError("stopped by a signal; start again with the same settings to continue")
 
 
 def child_environ(environ: Mapping[str, str], secrets: Mapping[str, str], allowed: tuple[str, ...] = ()) -> dict[str, str]:
@@ -180,7 +83,7 @@ def run_child(
         stage: fetch, prepare or train.
         spec: its settings, written to `folder` as JSON.
         environ: its whole environment.
-        stop: asked every second.
+        stop: asked every second; a child that is to stop gets one SIGTERM, whoever asks.
         grace_seconds: how long a stopping child may take before it is killed.
         on_event: called in this thread with each event.
         on_idle: called about once a second.
@@ -203,7 +106,7 @@ def run_child(
     )
     os.close(writer)
     last: Event | None = None
-    asked_at: float | None = None
+    is_stopping = False
     heard_at, has_hung, kills_before = time.monotonic(), False, _num_oom_kills()
     try:
         for event in _Events(reader):
@@ -215,10 +118,10 @@ def run_child(
                 process.send_signal(signal.SIGUSR1)
                 time.sleep(STACKS_SECONDS)
                 process.kill()
-            if stop.count and asked_at is None:
-                asked_at = time.monotonic()
+            if stop.is_asked() and not is_stopping:
+                is_stopping = True
                 process.terminate()
-            if asked_at is not None and (stop.count > 1 or time.monotonic() - asked_at > grace_seconds):
+            if is_stopping and stop.seconds_left(grace_seconds) <= 0:
                 process.kill()
             on_idle()
         status = process.wait()
@@ -229,7 +132,7 @@ def run_child(
     if has_hung and not isinstance(last, (Ended, Failed)):
         message = f"HANG_SECONDS={hang_seconds:g}: the {stage} process was silent for longer and was killed"
         raise ChildFailedError(MachineError(message), Stopped.CRASHED, has_hung=True)
-    _judge(stage, status, last, stop, out_of_host_memory=_num_oom_kills() > kills_before)
+    _judge(stage, status, last, stop, is_stopping=is_stopping, out_of_host_memory=_num_oom_kills() > kills_before)
 
 
 def _num_oom_kills() -> int:
@@ -277,17 +180,22 @@ class _Events:
         self._queue.put(self._END)
 
 
-def _judge(stage: str, status: int, last: Event | None, stop: StopRequest, *, out_of_host_memory: bool) -> None:
+def _judge(
+    stage: str, status: int, last: Event | None, stop: StopRequest, *, is_stopping: bool, out_of_host_memory: bool
+) -> None:
     """Believe the last event before the status."""
     if isinstance(last, Failed):
+        if last.stopped is Stopped.PREEMPTED and stop.stopped is Stopped.BUDGET:
+            raise ChildFailedError(stop.error(), Stopped.BUDGET, failed=last)
         raise ChildFailedError(error_for_status(last.exit_status, last.message), last.stopped, failed=last)
     if isinstance(last, Ended) and last.stopped is Stopped.PREEMPTED:
-        raise ChildFailedError(PreemptedError(f"stopped by a signal after step {last.step}, checkpoint saved"), last.stopped)
+        left = f"the checkpoint of step {last.step} is saved" if last.step else "no step was completed"
+        raise ChildFailedError(stop.error(left), stop.stopped)
     if status == 0 and (stage != "train" or isinstance(last, Ended)):
         return
-    if stop.count:
-        message = f"the {stage} process did not stop in time and was killed; the last checkpoint is kept"
-        raise ChildFailedError(PreemptedError(message), Stopped.PREEMPTED)
+    if is_stopping:
+        left = f"the {stage} process did not stop in time and was killed; the last checkpoint is kept"
+        raise ChildFailedError(stop.error(left), stop.stopped)
     if status == -signal.SIGKILL:
         message = f"the {stage} process was killed from outside; start again to continue"
         if out_of_host_memory:

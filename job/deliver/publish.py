@@ -11,6 +11,7 @@ from job.keep.checkpoints import MANIFEST
 from job.settings import PublishSettings
 
 TRIES = 4
+FINISH = "it is safe in the store: `python -m job publish` with the same settings finishes the job"
 
 
 def ensure_repo(settings: PublishSettings, token: str | None) -> None:
@@ -39,8 +40,11 @@ def ensure_repo(settings: PublishSettings, token: str | None) -> None:
         raise NetworkError(f"HUB_MODEL_ID={settings.hub_model_id}: the Hub does not answer ({error})") from error
 
 
-def publish(folder: Path, settings: PublishSettings, token: str | None, *, message: str) -> Publication:
+def publish(folder: Path, settings: PublishSettings, token: str | None, *, message: str, way_out: str = FINISH) -> Publication:
     """Push the adapter in one commit; a second push of the same files makes no commit.
+
+    Args:
+        way_out: what to do when the Hub does not take it.
 
     Raises:
         PublishError: the Hub did not take it after several tries.
@@ -69,8 +73,7 @@ def publish(folder: Path, settings: PublishSettings, token: str | None, *, messa
         commit = push()
     except (OSError, ValueError, httpx2.HTTPError) as error:
         raise PublishError(
-            f"HUB_MODEL_ID={settings.hub_model_id}: the adapter could not be published ({error}); "
-            "it is safe in the store: `python -m job publish` with the same settings finishes the job"
+            f"HUB_MODEL_ID={settings.hub_model_id}: the adapter could not be published ({error}); {way_out}"
         ) from error
     return Publication(
         repo_id=settings.hub_model_id,

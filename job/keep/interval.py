@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from job.events import Stopped
-from job.keep.ledger import Attempt
+from job.keep.ledger import Attempt, Ledger
 
 MIN_SECONDS, MAX_SECONDS = 60.0, 1800.0
 """More often than once a minute wears the store out; half an hour is all that anyone should lose."""
@@ -18,6 +18,9 @@ DEFAULT_MEAN_SECONDS_BETWEEN_FAILURES = 6 * 3600.0
 """An assumption, before a run has a history. Nobody publishes a mean for spot GPUs; Google stops preemptible machines after
 24 hours at the latest (docs.cloud.google.com/compute/docs/instances/create-use-preemptible, 2026-11), and the mean lies below
 that. A mean that is wrong by four makes the interval wrong by two."""
+
+SAVE_SECONDS = 5.0
+"""What a save is taken to cost until one was measured: 250 MB of adapter and optimizer on a disk of 50 MB/s."""
 
 _FAILURES = (Stopped.PREEMPTED, Stopped.CRASHED)
 """What takes a machine away; an OOM or a divergence would happen on any."""
@@ -34,6 +37,13 @@ def save_interval_seconds(save_cost_seconds: float, mean_seconds_between_failure
     if not math.isfinite(product):
         return MAX_SECONDS
     return min(max(math.sqrt(max(product, 0.0)), MIN_SECONDS), MAX_SECONDS)
+
+
+def learned_interval_seconds(ledger: Ledger) -> float:
+    """The interval for what a run's saves cost and how often its machines failed, as far as its attempts know."""
+    cost = ledger.learned("save_seconds")
+    mean = mean_seconds_between_failures(ledger.attempts) or DEFAULT_MEAN_SECONDS_BETWEEN_FAILURES
+    return save_interval_seconds(float(cost) if isinstance(cost, (int, float)) else SAVE_SECONDS, mean)
 
 
 def mean_seconds_between_failures(attempts: Sequence[Attempt]) -> float | None:

@@ -55,14 +55,14 @@ class Attempt(BaseModel):
 class Ledger:
     """The attempts of one run, in its store."""
 
-    def __init__(self, store: Store, scratch: Path, *, price_usd_per_hour: float | None) -> None:
+    def __init__(self, store: Store, scratch: Path, *, price_usd_per_hour: float | None, started: datetime | None = None) -> None:
         self._store, self._scratch = store, scratch
         records = _read_records(store, scratch)
         self.past = list(records.values())
         self._name = f"{ATTEMPTS}/{max(records, default=0) + 1:04d}.json"
         now = datetime.now(UTC)
         self.current = Attempt(
-            started=now, ended=now, machine=platform.node(), price_usd_per_hour=price_usd_per_hour, stopped=None
+            started=started or now, ended=now, machine=platform.node(), price_usd_per_hour=price_usd_per_hour, stopped=None
         )
         self._tried_at = 0.0
         self._was_written = False
@@ -72,9 +72,14 @@ class Ledger:
     def attempts(self) -> list[Attempt]:
         return [*self.past, self.current]
 
-    def beat(self, every_seconds: float, last_step: int) -> None:
+    def counted(self) -> list[Attempt]:
+        """All attempts, the current one up to now and not to its last sign of life."""
+        return [*self.past, self.current.model_copy(update={"ended": datetime.now(UTC)})]
+
+    def beat(self, every_seconds: float, last_step: int | None = None) -> None:
         """Keep the record current without waiting for the store, which may be slow or away for a while."""
-        self.current = self.current.model_copy(update={"last_step": last_step, "ended": datetime.now(UTC)})
+        changes = {"ended": datetime.now(UTC)} | ({} if last_step is None else {"last_step": last_step})
+        self.current = self.current.model_copy(update=changes)
         if time.monotonic() - self._tried_at < every_seconds or (self._beating and self._beating.is_alive()):
             return
         self._tried_at = time.monotonic()
