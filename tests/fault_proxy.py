@@ -25,6 +25,7 @@ ERRORS = {
     "RequestTimeTooSkewed": 403,
     "PermanentRedirect": 301,
     "NotImplemented": 501,
+    "404": 404,
 }
 
 
@@ -58,6 +59,8 @@ class FaultProxy:
         """Before each answer."""
         self.bytes_per_second = 0.0
         """Of a request's body; 0 is as fast as it goes."""
+        self.clock_offset_seconds = 0.0
+        """Of the Date in answers."""
         self._num_open = 0
         self._server: ThreadingHTTPServer | None = None
         self.port = 0
@@ -82,7 +85,7 @@ class FaultProxy:
         with self._lock:
             self._faults.clear()
         self.requests.clear()
-        self.delay_seconds = self.bytes_per_second = 0.0
+        self.delay_seconds = self.bytes_per_second = self.clock_offset_seconds = 0.0
 
     def start(self) -> None:
         self._open.set()
@@ -216,6 +219,8 @@ def _handler(proxy: FaultProxy) -> Callable[..., BaseHTTPRequestHandler]:
             names = {name.lower() for name, _ in headers}
             for name, value in headers:
                 if name.lower() not in ("content-length", "connection", "transfer-encoding"):
+                    if name.lower() == "date" and proxy.clock_offset_seconds:
+                        value = self.date_time_string(time.time() + proxy.clock_offset_seconds)
                     self.send_header(name, value)
             if "date" not in names:
                 self.send_header("Date", self.date_time_string())

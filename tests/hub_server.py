@@ -18,8 +18,10 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -52,6 +54,7 @@ class Repo:
     gated: bool
     branches: dict[str, list[Commit]] = field(default_factory=dict)  # oldest commit first, never empty
     readers: set[str] = field(default_factory=set)  # users with access to what is private or gated, besides the owner
+    claimed: dict[str, int] = field(default_factory=dict)  # sizes that the listing gives instead of the files' own
 
     def history(self, revision: str) -> list[Commit]:
         """Return the commits that lead to a branch or a full oid, oldest first."""
@@ -83,6 +86,8 @@ class HubServer:
 
     def __init__(self, tokens: Mapping[str, str] | None = None) -> None:
         self.tokens = dict({"hf_test": "tester"} if tokens is None else tokens)  # token: user, who may write to user/*
+        self.roles: dict[str, str] = {}  # token: role (read, write, fineGrained), where it is not write
+        self.clock_offset_seconds = 0.0  # of the Date header
         self.repos: dict[tuple[Kind, str], Repo] = {}
         self.requests: list[Request] = []
         self.faults: list[tuple[str, str, Answer | None]] = []  # method, path regex, answer (None: reset)
@@ -154,7 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
             num_bytes = 0 if self.command == "HEAD" else len(body) // 2 if reset else len(body)
             facts = (0 if reset else status, "Authorization" in self.headers, num_bytes)
             self.hub.requests.append(Request(self.command, self.path, *facts))
-        lines = "".join(f"{k}: {v}\r\n" for k, v in {"Content-Length": str(len(body)), **headers}.items())
+        date = formatdate(time.time() + self.hub.clock_offset_seconds, usegmt=True)
+        lines = "".join(f"{k}: {v}\r\n" for k, v in {"Content-Length": str(len(body)), "Date": date, **headers}.items())
         raw = f"HTTP/1.1 {status} -\r\n{lines}\r\n".encode() + (b"" if self.command == "HEAD" else body)
         self.wfile.write(raw[: len(raw) // 2] if reset else raw)
         self.close_connection |= reset
@@ -178,16 +184,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.user = self.hub.tokens.get(token)
         if token and self.user is None:
             raise Refusal(401, "Invalid credentials in Authorization header")
+        self.role = self.hub.roles.get(token, "write")
         path, _, self.query = self.path.partition("?")
         parts = [unquote(part) for part in path.strip("/").split("/")]  # after the split: a revision may hold a slash
         kind: Kind = "dataset" if path.startswith(("/datasets/", "/api/datasets/")) else "model"
         match self.command, parts:
             case "GET", ["api", "whoami-v2"] if self.user:
-                return as_json({"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token"}})
+                auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": self.role}}
+                return as_json({"type": "user", "name": self.user, "orgs": [], "auth": auth})
             case "POST", ["api", "validate-yaml"]:
                 return as_json({"errors": [], "warnings": []})
             case ("POST", ["api", "repos", "create"]) | ("DELETE", ["api", "repos", "delete"]):
                 return self._create_or_delete(json.loads(self.body))
+            case "GET", ["api", "models" | "datasets", owner, name, "auth-check", *what]:
+                self._access(kind, f"{owner}/{name}", "write" if what == ["write"] else "content")
+                return as_json({})
             case method, ["api", "models" | "datasets", owner, name, *rest]:
                 repo = self._access(kind, f"{owner}/{name}", "write" if method == "POST" else "listing")
                 return self._repo_api(repo, f"{owner}/{name}", rest)
@@ -202,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404 if self.user else 401, "Repository not found", "RepoNotFound")
         if want == "content" and repo.gated and not inside:
             raise Refusal(403 if self.user else 401, f"Access to {kind} {repo_id} is restricted", "GatedRepo")
-        if want == "write" and self.user != owner:
+        if want == "write" and (self.user != owner or self.role == "read"):
             raise Refusal(403 if self.user else 401, f"You don't have the rights to change {kind} {repo_id}")
         return repo
 
@@ -213,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._access(kind, repo_id, "write")
             del self.hub.repos[kind, repo_id]
             return as_json({})
-        if self.user is None or self.user != owner:
+        if self.user is None or self.user != owner or self.role == "read":
             raise Refusal(403 if self.user else 401, f"You don't have the rights to create a {kind} under {owner}")
         if repo := self.hub.repos.get((kind, repo_id)):
             return as_json({"error": f"You already created this {kind} repo", "url": repo.url}, 409)
@@ -227,7 +238,8 @@ class _Handler(BaseHTTPRequestHandler):
                 oid, _, files = repo.history(rest[1] if rest else "main")[-1]
                 siblings: list[dict[str, Any]] = [{"rfilename": path} for path in files]
                 if "blobs=true" in self.query:
-                    siblings = [{"rfilename": p, "size": len(b), "blobId": blob_oid(b)} for p, b in files.items()]
+                    sizes = {path: len(data) for path, data in files.items()} | repo.claimed
+                    siblings = [{"rfilename": p, "size": sizes[p], "blobId": blob_oid(b)} for p, b in files.items()]
                 facts = {"id": repo_id, "sha": oid, "private": repo.private, "gated": repo.gated and "manual"}
                 return as_json({**facts, "disabled": False, "tags": [], "siblings": siblings})
             case "GET", ["tree", revision, *folders]:

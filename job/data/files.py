@@ -34,6 +34,8 @@ class DataFile:
     """A stream at the file's start that can seek."""
     is_remote: bool = False
     """Whether each place that is read costs a round trip."""
+    num_bytes: int | None = None
+    """Its size, where that is known without a request of its own."""
     sample_by: str = "line"
     delimiter: str | None = None
     quotechar: str = '"'

@@ -5,20 +5,20 @@ only a script can read are refused: the library runs no scripts any more. Tokens
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from job.data import remote
 from job.data.files import DataFile
-from job.data.remote import CONNECT_SECONDS, insist, listing
+from job.data.ranges import open_ranges
+from job.data.remote import insist, listing
 from job.errors import DataError, NetworkError
 from job.settings.dataset_spec import DatasetSpec, data_suffixes, parse_split
 
 _FORMATS = {"json": ("json", "jsonl"), "csv": ("csv", "tsv"), "parquet": ("parquet",), "text": ("txt",), "arrow": ("arrow",)}
 """Module of the `datasets` library -> our formats, the first where a file's name does not say it."""
-_FIRST_BYTES, _MOST_BYTES = 2**18, 2**23
-"""Bytes asked for at once: little for who only wants a look, then doubling, for few round trips."""
 _Result = TypeVar("_Result")
 
 
@@ -31,7 +31,10 @@ def resolve_hub(spec: DatasetSpec, cache_dir: Path) -> tuple[str, dict[str, list
     """
     from huggingface_hub import HfApi
 
-    info = _ask(spec, lambda: HfApi().dataset_info(spec.where, revision=spec.revision, timeout=CONNECT_SECONDS))
+    info = _ask(
+        spec,
+        lambda: HfApi().dataset_info(spec.where, revision=spec.revision, timeout=remote.CONNECT_SECONDS, files_metadata=True),
+    )
     builder = _ask(spec, lambda: _builder(spec, info, cache_dir))
     module = type(builder).__module__.split(".")[-2]
     if module not in _FORMATS:
@@ -43,8 +46,9 @@ def resolve_hub(spec: DatasetSpec, cache_dir: Path) -> tuple[str, dict[str, list
     for part in parse_split(spec.split):
         if part.name not in splits:
             raise DataError(f"DATASETS={spec}: has no split {part.name!r}; the splits are {', '.join(splits) or 'none'}")
+    sizes = {file.rfilename: file.size for file in info.siblings or []}
     files = {
-        part.name: [_data_file(spec, info.sha, builder.config, module, address) for address in splits[part.name]]
+        part.name: [_data_file(spec, info.sha, builder.config, module, address, sizes) for address in splits[part.name]]
         for part in parse_split(spec.split)
     }
     # Repositories that are gated list their files to anybody; asking for one tells whether they may be read.
@@ -83,7 +87,9 @@ def _builder(spec: DatasetSpec, info: Any, cache_dir: Path) -> Any:
         raise DataError(f"DATASETS={spec}: {str(error) or type(error).__name__}") from error
 
 
-def _data_file(spec: DatasetSpec, commit: str, config: Any, module: str, address: str) -> DataFile:
+def _data_file(
+    spec: DatasetSpec, commit: str, config: Any, module: str, address: str, sizes: Mapping[str, int | None]
+) -> DataFile:
     start, _, path = address.partition(f"@{commit}/")
     repo_id = start.removeprefix("hf://datasets/")  # its name today: the one in DATASETS may be an old one
     promised, compression = data_suffixes(path)
@@ -95,6 +101,7 @@ def _data_file(spec: DatasetSpec, commit: str, config: Any, module: str, address
         compression=compression,
         open=partial(_open, spec, repo_id, commit, path),
         is_remote=True,
+        num_bytes=sizes.get(path),
         sample_by=sample_by or "line",
         delimiter=getattr(config, "delimiter", None) or getattr(config, "sep", None),
         quotechar=getattr(config, "quotechar", None) or '"',
@@ -110,66 +117,35 @@ def _open(spec: DatasetSpec, repo_id: str, commit: str, path: str) -> IO[bytes]:
     if isinstance(cached, str):
         return Path(cached).open("rb")
     url = huggingface_hub.hf_hub_url(repo_id, path, repo_type="dataset", revision=commit)
-    size = _ask(spec, lambda: huggingface_hub.get_hf_file_metadata(url, timeout=CONNECT_SECONDS).size)
-    return io.BufferedReader(_HubFile(spec, url, int(size or 0)), _MOST_BYTES)
+    size = _ask(spec, lambda: huggingface_hub.get_hf_file_metadata(url, timeout=remote.CONNECT_SECONDS).size)
+    # A range that breaks off is asked for again from there.
+    return open_ranges(int(size or 0), lambda start, stop: _ask(spec, lambda: _fetch(spec, url, start, stop)))
 
 
-class _HubFile(io.RawIOBase):
-    """A file on the Hub, read by ranges; a range that breaks off is asked for again from there."""
+def _fetch(spec: DatasetSpec, url: str, start: int, stop: int) -> bytes:
+    """At least one byte of the range; what came before a connection broke is kept."""
+    import httpx2
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    def __init__(self, spec: DatasetSpec, url: str, num_bytes: int) -> None:
-        self._spec, self._url, self._num_bytes = spec, url, num_bytes
-        self._position, self._wanted_bytes = 0, _FIRST_BYTES
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
-        if start + offset != self._position:
-            self._position, self._wanted_bytes = max(start + offset, 0), _FIRST_BYTES
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._position + min(len(buffer), self._wanted_bytes), self._num_bytes)
-        if stop <= self._position:
-            return 0
-        data = _ask(self._spec, lambda: self._fetch(self._position, stop))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        self._wanted_bytes = min(self._wanted_bytes * 2, _MOST_BYTES)
-        return len(data)
-
-    def _fetch(self, start: int, stop: int) -> bytes:
-        """At least one byte of the range; what came before a connection broke is kept."""
-        import httpx2
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        data = bytearray()
-        with get_session().stream("GET", self._url, headers=headers, timeout=CONNECT_SECONDS, follow_redirects=True) as answer:
-            if answer.status_code not in (200, 206):
-                answer.read()
-                hf_raise_for_status(answer)
-                raise NetworkError(f"DATASETS={self._spec}: the Hub answered {answer.status_code} to a range of a file")
-            offset = start if answer.status_code == 206 else 0  # small files may come whole
-            try:
-                for block in answer.iter_bytes():
-                    data += block
-                    if len(data) >= stop - offset:
-                        break
-            except httpx2.TransportError:
-                if len(data) <= start - offset:
-                    raise
-        if len(data) <= start - offset:
-            raise NetworkError(f"DATASETS={self._spec}: the Hub broke off before byte {start} of a file")
-        return bytes(data[start - offset : stop - offset])
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    data = bytearray()
+    with get_session().stream("GET", url, headers=headers, timeout=remote.CONNECT_SECONDS, follow_redirects=True) as answer:
+        if answer.status_code not in (200, 206):
+            answer.read()
+            hf_raise_for_status(answer)
+            raise NetworkError(f"DATASETS={spec}: the Hub answered {answer.status_code} to a range of a file")
+        offset = start if answer.status_code == 206 else 0  # small files may come whole
+        try:
+            for block in answer.iter_bytes():
+                data += block
+                if len(data) >= stop - offset:
+                    break
+        except httpx2.TransportError:
+            if len(data) <= start - offset:
+                raise
+    if len(data) <= start - offset:
+        raise NetworkError(f"DATASETS={spec}: the Hub broke off before byte {start} of a file")
+    return bytes(data[start - offset : stop - offset])
 
 
 def _ask(spec: DatasetSpec, action: Callable[[], _Result]) -> _Result:

@@ -13,18 +13,16 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from job.data.chunks import read_chunk
 from job.data.merge import Kept, Merger, SourceState
+from job.data.peek import find_layout
 from job.data.reasons import Reason
-from job.data.shapes import detect_layout
 from job.data.shards import Sharder, SourceRows, read_shard
 from job.data.sources import Source, open_source
 from job.data.split import held_out, not_sampled, quotas, training_order
@@ -38,7 +36,6 @@ from job.settings import DatasetSpec, DataSettings
 ReportProgress = Callable[[str, int], None]
 SHARDS = "shards"
 _REPORT_SECONDS = 2.0
-_NUM_PEEKED = 50
 
 
 class _Input:
@@ -47,14 +44,7 @@ class _Input:
     def __init__(self, spec: DatasetSpec, cache_dir: Path, *, is_held_out: bool) -> None:
         self.source: Source = open_source(spec, cache_dir)
         self.spec, self.is_held_out = spec, is_held_out
-        rows = [row for row in self._first_rows() if not isinstance(row, Reason)]
-        if not rows:
-            raise DataError(f"DATASETS={spec}: no row of the first {_NUM_PEEKED} can be read; check the file and its format")
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        self.rows = SourceRows(source=str(spec), layout=detect_layout(spec, columns, rows))
-
-    def _first_rows(self) -> Iterator[Mapping[str, Any] | Reason]:
-        return islice((row for chunk in self.source.chunks() for row in read_chunk(chunk)), _NUM_PEEKED)
+        self.rows = SourceRows(source=str(spec), layout=find_layout(spec, self.source.chunks()))
 
 
 def prepare(

@@ -2,20 +2,22 @@
 
 A download lands under a temporary name beside a note of its version, goes on from the byte where it broke off (also in
 another process), and gets its own name when it is whole. A whole file is used again only while the server names the same
-version of it. Hub data sets are read by hub.py.
+version of it. Who only wants a look reads parts of a file and keeps nothing. Hub data sets are read by hub.py.
 """
 
 import hashlib
+import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential_jitter
 
+from job.data.ranges import FIRST_BYTES, MOST_BYTES, TooFarError, open_ranges
 from job.errors import DataError, NetworkError
 from job.settings.dataset_spec import DatasetSpec, Where, is_pattern, pick_data_files
 
@@ -24,6 +26,12 @@ NUM_TRIES = 5
 CONNECT_SECONDS, READ_SECONDS = 10, 30
 _BLOCK_BYTES = 2**20
 _Result = TypeVar("_Result")
+
+
+def hurry() -> None:
+    """From now on a server is given up after one more try, in this whole process: it only has a look."""
+    global NUM_TRIES, CONNECT_SECONDS, READ_SECONDS
+    NUM_TRIES, CONNECT_SECONDS, READ_SECONDS = 2, 5, 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,26 +70,26 @@ def insist(action: Callable[[], _Result], progress: Callable[[], int] = lambda: 
     return tries(action)
 
 
-def list_remote(spec: DatasetSpec) -> list[str]:
-    """The addresses of the files of an S3 or web data set, sorted.
+def list_remote(spec: DatasetSpec) -> dict[str, int | None]:
+    """The addresses of the files of an S3 or web data set, sorted, with their sizes where a listing tells them.
 
     Raises:
         DataError: there is none, or access is refused.
     """
     bucket, _, key = spec.where.removeprefix("s3://").partition("/")
     if spec.kind is not Where.S3 or not (is_pattern(key) or key.endswith("/") or not key):
-        return [spec.where]
+        return {spec.where: None}
     prefix = key.partition("*")[0]
     folder = prefix[: prefix.rfind("/") + 1]
-    found = []
+    found: dict[str, int] = {}
     with _s3_errors(spec):
         for page in _s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-            found += [item["Key"].removeprefix(folder) for item in page.get("Contents", ())]
+            found |= {item["Key"].removeprefix(folder): int(item["Size"]) for item in page.get("Contents", ())}
     names = [name for name in found if not is_pattern(key) or fnmatchcase(name, key.removeprefix(folder))]
     chosen = pick_data_files(names, spec.format)
     if not chosen:
-        raise DataError(f"DATASETS={spec}: no data files there; {listing(found)}")
-    return [f"s3://{bucket}/{folder}{name}" for name in chosen]
+        raise DataError(f"DATASETS={spec}: no data files there; {listing(list(found))}")
+    return {f"s3://{bucket}/{folder}{name}": found[name] for name in chosen}
 
 
 def listing(names: list[str]) -> str:
@@ -122,6 +130,53 @@ def fetch(spec: DatasetSpec, address: str, cache_dir: Path) -> Path:
     return target
 
 
+def look(spec: DatasetSpec, address: str) -> tuple[Callable[[], IO[bytes]], int | None]:
+    """What opens a stream over a file where it lies, and its size (None: the server does not say it); nothing is kept.
+
+    Raises:
+        DataError: the address does not exist, or access is refused.
+        NetworkError: the server did not answer after several tries.
+    """
+    fetch_part = _s3_part if spec.kind is Where.S3 else _http_part
+    first, num_bytes = insist(lambda: fetch_part(spec, address, 0, FIRST_BYTES))
+    if num_bytes is None:  # no end that could be sought from: what comes in one piece is all that is looked at
+        first, _ = insist(lambda: fetch_part(spec, address, 0, MOST_BYTES))
+        return (lambda: io.BytesIO(first)), None
+
+    def part(start: int, stop: int) -> bytes:
+        return first[start:stop] or insist(lambda: fetch_part(spec, address, start, stop))[0]
+
+    return (lambda: open_ranges(num_bytes, part)), num_bytes
+
+
+def _http_part(spec: DatasetSpec, address: str, start: int, stop: int) -> tuple[bytes, int | None]:
+    """The bytes from start to stop, and the size of the whole; a server that knows no ranges is read up to there."""
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
+    with _http_errors(spec), closing(_get(spec, address, headers)) as answer:
+        if answer.status_code == 416:
+            return b"", 0
+        offset, total = _content_range(answer)
+        if start - offset > MOST_BYTES:
+            raise TooFarError
+        data = bytearray()
+        for block in answer.raw.stream(2**16, decode_content=False):
+            data += block
+            if len(data) >= stop - offset:
+                break
+    return bytes(data[start - offset : stop - offset]), int(total) if total and total.isdecimal() else None
+
+
+def _s3_part(spec: DatasetSpec, address: str, start: int, stop: int) -> tuple[bytes, int | None]:
+    bucket, _, key = address.removeprefix("s3://").partition("/")
+    with _s3_errors(spec):
+        num_bytes = int(_s3_client().head_object(Bucket=bucket, Key=key)["ContentLength"])
+        if start >= num_bytes:
+            return b"", num_bytes
+        answer = _s3_client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
+        with closing(answer["Body"]) as body:
+            return bytes(body.read()), num_bytes
+
+
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
@@ -135,9 +190,6 @@ def _note(path: Path) -> str:
 
 
 def _http(spec: DatasetSpec, address: str) -> Ask:
-    import requests
-    import urllib3
-
     @contextmanager
     def ask(offset: int, version: str) -> Iterator[Answer]:
         headers = {"Accept-Encoding": "identity"}
@@ -145,34 +197,56 @@ def _http(spec: DatasetSpec, address: str) -> Ask:
         # Only a strong tag promises the same bytes.
         if offset and (same := etag if etag and not etag.startswith("W/") else modified):
             headers |= {"Range": f"bytes={offset}-", "If-Range": same}
-        try:
-            answer = requests.get(address, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS), headers=headers)
-            with closing(answer):
-                status = answer.status_code
-                if status in (408, 416, 429) or status >= 500:
-                    raise NetworkError(f"DATASETS={spec}: the server answered {status}")
-                if status >= 400:
-                    advice = "check that it may be read without signing in" if status in (401, 403) else "check the address"
-                    raise DataError(f"DATASETS={spec}: the server answered {status}; {advice}")
-                etag, modified = answer.headers.get("ETag"), answer.headers.get("Last-Modified")
-                total = answer.headers.get("Content-Length")
-                start = 0
-                if status == 206:
-                    part, _, total = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-                    start = int(part.partition("-")[0])
-                num_bytes = int(total) if total and total.isdecimal() else None
-                yield Answer(
-                    version=json.dumps([etag, modified, num_bytes]) if etag or modified else "",
-                    offset=start,
-                    num_bytes=num_bytes,
-                    blocks=answer.raw.stream(_BLOCK_BYTES, decode_content=False),  # a packed file stays packed
-                )
-        except (requests.exceptions.InvalidURL, requests.TooManyRedirects) as error:
-            raise DataError(f"DATASETS={spec}: {error}; check the address") from error
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise NetworkError(f"DATASETS={spec}: {error}") from error
+        with _http_errors(spec), closing(_get(spec, address, headers)) as answer:
+            etag, modified = answer.headers.get("ETag"), answer.headers.get("Last-Modified")
+            start, total = _content_range(answer)
+            num_bytes = int(total) if total and total.isdecimal() else None
+            yield Answer(
+                version=json.dumps([etag, modified, num_bytes]) if etag or modified else "",
+                offset=start,
+                num_bytes=num_bytes,
+                blocks=answer.raw.stream(_BLOCK_BYTES, decode_content=False),  # a packed file stays packed
+            )
 
     return ask
+
+
+def _get(spec: DatasetSpec, address: str, headers: Mapping[str, str]) -> Any:
+    import requests
+
+    answer = requests.get(address, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS), headers=dict(headers))
+    status = answer.status_code
+    if status == 416 and answer.headers.get("Content-Range") == "bytes */0":
+        return answer  # an empty file has no first byte
+    if status in (408, 416, 429) or status >= 500:
+        answer.close()
+        raise NetworkError(f"DATASETS={spec}: the server answered {status}")
+    if status >= 400:
+        answer.close()
+        advice = "check that it may be read without signing in" if status in (401, 403) else "check the address"
+        raise DataError(f"DATASETS={spec}: the server answered {status}; {advice}")
+    return answer
+
+
+def _content_range(answer: Any) -> tuple[int, str | None]:
+    """Where the answer begins, and the size of the whole as the server writes it."""
+    if answer.status_code != 206:
+        return 0, answer.headers.get("Content-Length")
+    part, _, total = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+    return int(part.partition("-")[0]), total
+
+
+@contextmanager
+def _http_errors(spec: DatasetSpec) -> Iterator[None]:
+    import requests
+    import urllib3
+
+    try:
+        yield
+    except (requests.exceptions.InvalidURL, requests.TooManyRedirects) as error:
+        raise DataError(f"DATASETS={spec}: {error}; check the address") from error
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        raise NetworkError(f"DATASETS={spec}: {error}") from error
 
 
 def _s3(spec: DatasetSpec, address: str) -> Ask:
@@ -202,7 +276,7 @@ def _s3_client() -> Any:
     import boto3
     from botocore.config import Config
 
-    retries = {"max_attempts": 3, "mode": "standard"}
+    retries = {"max_attempts": min(3, NUM_TRIES - 1), "mode": "standard"}
     return boto3.client("s3", config=Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, retries=retries))
 
 

@@ -3,8 +3,10 @@
 Nothing is read ahead: who stops early has downloaded no more than a little beyond. Memory does not grow with the source.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import IO
@@ -13,7 +15,7 @@ from job.data.chunks import Chunk, Piece, cut_pieces, pack_chunks
 from job.data.files import DataFile
 from job.data.formats import read_pieces
 from job.data.hub import resolve_hub
-from job.data.remote import fetch, list_remote, listing
+from job.data.remote import fetch, list_remote, listing, look
 from job.data.tables import count_rows
 from job.errors import DataError
 from job.settings.dataset_spec import FORMATS, DatasetSpec, SplitPart, Where, data_suffixes, parse_split
@@ -26,22 +28,48 @@ class Source:
         self.spec = spec
         self.revision = revision
         """The commit of a Hub data set; None for everything else."""
-        self._parts = [(splits[part.name], self._bounds(part, splits[part.name])) for part in parse_split(spec.split)]
+        self.parts = [(splits[part.name], self._bounds(part, splits[part.name])) for part in parse_split(spec.split)]
+        """Files, and which of their rows: from, up to."""
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yield the rows; rows are numbered from 0 in the source as it is cut by its split and limit.
+        """The rows; they are numbered from 0 in the source as it is cut by its split and limit.
 
         Raises:
             DataError: a file cannot be read, or there is no row at all; the message names the DATASETS entry.
             NetworkError: a server did not answer after several tries.
         """
-        pieces = chain.from_iterable(_cut_files(files, start, stop) for files, (start, stop) in self._parts)
+        pieces = chain.from_iterable(_cut_files(files, start, stop) for files, (start, stop) in self.parts)
+        return self._some(pack_chunks(cut_pieces(pieces, 0, self.spec.limit) if self.spec.limit else pieces))
+
+    def beginning(self, num_rows: int) -> Iterator[Chunk]:
+        """The first rows of its files, whatever its split and limit cut off: enough to see the columns.
+
+        Raises:
+            DataError, NetworkError: as `chunks`.
+        """
+        pieces = chain.from_iterable(read_pieces(file) for files, _ in self.parts for file in files)
+        return self._some(pack_chunks(cut_pieces(pieces, 0, num_rows), max_rows=num_rows))
+
+    def _some(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         is_empty = True
-        for chunk in pack_chunks(cut_pieces(pieces, 0, self.spec.limit) if self.spec.limit else pieces):
+        for chunk in chunks:
             is_empty = False
             yield chunk
         if is_empty:
             raise DataError(f"DATASETS={self.spec}: no rows in it; check the file, its format and its split")
+
+    def through(self, change: Callable[[DataFile], DataFile]) -> "Source":
+        """The same data set, each of its files changed."""
+        changed = copy(self)
+        changed.parts = [([change(file) for file in files], bounds) for files, bounds in self.parts]
+        return changed
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Size of its files, packed as they are; None where one is unknown, or where less than all is read."""
+        sizes = [file.num_bytes for files, _ in self.parts for file in files]
+        is_cut = self.spec.limit or any(part.start or part.stop for part in parse_split(self.spec.split))
+        return None if is_cut or None in sizes else sum(size or 0 for size in sizes)
 
     def _bounds(self, part: SplitPart, files: Sequence[DataFile]) -> tuple[int, int | None]:
         """Row numbers of a slice; percentages and negative numbers need the number of rows."""
@@ -58,12 +86,13 @@ class Source:
         return _row_number(part.start or "0", num_rows), stop
 
 
-def open_source(spec: DatasetSpec, cache_dir: Path) -> Source:
+def open_source(spec: DatasetSpec, cache_dir: Path, *, only_look: bool = False) -> Source:
     """Find the files of a data set, and make sure that the first of them can be had.
 
     Args:
         spec: where and what.
         cache_dir: where downloads from S3 and the web are kept.
+        only_look: read files from S3 and the web where they lie, and keep nothing of them.
 
     Raises:
         DataError: there are none, or they may not be read; the message lists what exists.
@@ -73,8 +102,8 @@ def open_source(spec: DatasetSpec, cache_dir: Path) -> Source:
         case Where.HUB:
             return Source(spec, *resolve_hub(spec, cache_dir))
         case Where.S3 | Where.HTTP:
-            addresses = list_remote(spec)
-            files = [_remote_file(spec, address, cache_dir) for address in addresses]
+            opened = _looked_at if only_look else _remote_file
+            files = [opened(spec, address, num_bytes, cache_dir) for address, num_bytes in list_remote(spec).items()]
             files[0].open().close()
         case _:
             found = spec.local_files()
@@ -99,11 +128,12 @@ def _local_file(spec: DatasetSpec, name: str, path: Path, num_files: int) -> Dat
         format=spec.format or promised or "txt",
         compression=compression,
         open=opened,
+        num_bytes=path.stat().st_size,
         sample_by=spec.sample_by,
     )
 
 
-def _remote_file(spec: DatasetSpec, address: str, cache_dir: Path) -> DataFile:
+def _remote_file(spec: DatasetSpec, address: str, num_bytes: int | None, cache_dir: Path) -> DataFile:
     @cache
     def downloaded() -> Path:
         return fetch(spec, address, cache_dir)
@@ -117,8 +147,15 @@ def _remote_file(spec: DatasetSpec, address: str, cache_dir: Path) -> DataFile:
         format=spec.format or promised or "txt",
         compression=compression,
         open=opened,
+        num_bytes=num_bytes,
         sample_by=spec.sample_by,
     )
+
+
+def _looked_at(spec: DatasetSpec, address: str, num_bytes: int | None, cache_dir: Path) -> DataFile:
+    looked = cache(partial(look, spec, address))
+    file = _remote_file(spec, address, looked()[1] if num_bytes is None else num_bytes, cache_dir)
+    return replace(file, open=lambda: looked()[0]())
 
 
 def _cut_files(files: Sequence[DataFile], start: int, stop: int | None) -> Iterator[Piece]:

@@ -16,7 +16,9 @@ def read_parquet(file: DataFile, stream: IO[bytes]) -> Iterator[Piece]:
     import pyarrow.parquet
 
     # A read buffer keeps memory flat however large the row groups are; over a network each column comes in one piece.
-    with pyarrow.parquet.ParquetFile(stream, buffer_size=0 if file.is_remote else _BUFFER_BYTES) as parquet:
+    # (Reading ahead is pyarrow's default since 26 at the latest, and has no use for the buffer: it reads whole row groups.)
+    buffer_bytes = 0 if file.is_remote else _BUFFER_BYTES
+    with pyarrow.parquet.ParquetFile(stream, buffer_size=buffer_bytes, pre_buffer=file.is_remote) as parquet:
         num_bytes = sum(parquet.metadata.row_group(i).total_byte_size for i in range(parquet.metadata.num_row_groups))
         row_bytes = num_bytes // max(parquet.metadata.num_rows, 1)
         batch_size = min(max(CHUNK_BYTES // max(row_bytes, 1), 1), CHUNK_ROWS)

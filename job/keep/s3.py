@@ -7,7 +7,7 @@ One connection carries some 80 MB/s ("Performance guidelines for Amazon S3" reck
 
 import errno
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ class Transfer:
     """Per request. boto3 waits up to 1, 2, 4, 8 seconds in between, chosen at random below that."""
     timeout_seconds: float = 60.0
     """Silence on a connection before an attempt counts as failed."""
+    connect_seconds: float = 10.0
+    """The same before it stands."""
 
 
 class S3Store:
@@ -61,12 +63,20 @@ class S3Store:
             self._bucket, self._prefix + folder, self._credentials, transfer=self._transfer, client=self._client, is_own=True
         )
 
+    def hurried(self, on_date: Callable[[str | None], None]) -> "S3Store":
+        """For a first look: gives up after one more try, and tells the `Date` of each answer."""
+        transfer = Transfer(num_attempts=2, timeout_seconds=10.0, connect_seconds=5.0)
+        store = S3Store(self._bucket, self._prefix, self._credentials, transfer=transfer)
+        events = store._client.meta.events
+        events.register("after-call.s3", lambda http_response, **_: on_date(http_response.headers.get("date")))
+        return store
+
     def put(self, path: Path, name: str) -> None:
         if not path.is_file():
             raise FileNotFoundError(errno.ENOENT, "there is no such local file", str(path))
         if path.stat().st_size >= self._transfer.multipart_bytes:
             self._abort_left_over()
-        with translated(self.uri, name):
+        with translated(self.uri, name, may_miss=False):
             self._client.upload_file(str(path), self._bucket, self._prefix + name, Config=self._config())
 
     def get(self, name: str, path: Path) -> None:
@@ -94,15 +104,18 @@ class S3Store:
 
     def delete(self, name: str) -> None:
         # One key at a time: RunPod's S3 has no batch delete (docs.runpod.io/storage/s3-api, 2026-08).
-        with translated(self.uri, name):
-            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+        try:
+            with translated(self.uri, name):
+                self._client.delete_object(Bucket=self._bucket, Key=self._prefix + name)
+        except MissingError:  # some services say so; where there is none at all, a listing tells it
+            next(self.list(name), None)
 
     def _list_page(self, prefix: str, start: dict[str, str]) -> Any:
         from botocore.exceptions import HTTPClientError
         from botocore.parsers import ResponseParserError
 
         for attempt in range(1, self._transfer.num_attempts + 1):
-            with translated(self.uri, prefix or "the listing"):
+            with translated(self.uri, prefix or "the listing", may_miss=False):
                 try:
                     return self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **start)
                 except (HTTPClientError, ResponseParserError):  # an answer cut short, which boto3 does not ask for again
@@ -138,7 +151,7 @@ def _s3_client(credentials: dict[str, str], transfer: Transfer) -> Any:
     from botocore.exceptions import BotoCoreError
 
     config = Config(
-        connect_timeout=min(10.0, transfer.timeout_seconds),
+        connect_timeout=min(transfer.connect_seconds, transfer.timeout_seconds),
         read_timeout=transfer.timeout_seconds,
         retries={"mode": "standard", "total_max_attempts": transfer.num_attempts},
         # boto3 >= 1.36 adds CRC32 checksums by default; other services than AWS refuse them (boto/s3transfer#327).

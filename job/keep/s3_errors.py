@@ -21,8 +21,12 @@ _RETRY_WAY_OUT = "start again when the network and the store are well"
 
 
 @contextmanager
-def translated(uri: str, name: str) -> Iterator[None]:
-    """Turn what boto3 raises inside into MissingError or a JobError; other exceptions pass."""
+def translated(uri: str, name: str, *, may_miss: bool = True) -> Iterator[None]:
+    """Turn what boto3 raises inside into MissingError or a JobError; other exceptions pass.
+
+    Args:
+        may_miss: whether what is asked for can be missing; else "not found" means that no S3 service is at the address.
+    """
     from boto3.exceptions import Boto3Error, S3UploadFailedError
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -31,10 +35,10 @@ def translated(uri: str, name: str) -> Iterator[None]:
     except S3UploadFailedError as error:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, ClientError):
-            raise _from_answer(cause, uri, name) from cause
+            raise _from_answer(cause, uri, name, may_miss) from cause
         raise NetworkError(f"OUTPUT_URI={uri}: {error}; {_RETRY_WAY_OUT}") from error
     except ClientError as error:
-        raise _from_answer(error, uri, name) from error
+        raise _from_answer(error, uri, name, may_miss) from error
     except (BotoCoreError, Boto3Error, RecursionError) as error:
         raise _from_library(error, uri, name) from error
 
@@ -43,12 +47,13 @@ def refused(uri: str, rule: str, way_out: str) -> SettingsError:
     return SettingsError([Problem(setting="OUTPUT_URI", value=uri, rule=rule, way_out=way_out)])
 
 
-def _from_answer(error: Any, uri: str, name: str) -> JobError | MissingError:
+def _from_answer(error: Any, uri: str, name: str, may_miss: bool) -> JobError | MissingError:
     """The store answered with an error."""
     code = str(error.response.get("Error", {}).get("Code", ""))
     headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     if code in ("404", "NoSuchKey"):
-        return MissingError(name)
+        not_s3 = refused(uri, "the server there is no S3 service, or has no such bucket", "correct AWS_ENDPOINT_URL_S3")
+        return MissingError(name) if may_miss else not_s3
     if code == "NoSuchBucket":
         return refused(uri, "the bucket does not exist", "create it, or correct the name or AWS_ENDPOINT_URL_S3")
     if code in _CLOCK:

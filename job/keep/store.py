@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,6 +71,19 @@ def within(store: Store, folder: str) -> Store:
 
     assert isinstance(store, S3Store)
     return store.within(folder)
+
+
+def hurried(store: Store, on_date: Callable[[str | None], None] = lambda _: None) -> Store:
+    """The same store for who only asks whether it is there: it is given up after one more try.
+
+    Args:
+        on_date: called with the `Date` of each answer of a server.
+    """
+    if isinstance(store, FolderStore):
+        return store
+    from job.keep.s3 import S3Store
+
+    return store.hurried(on_date) if isinstance(store, S3Store) else store
 
 
 def read_text(store: Store, name: str, scratch: Path) -> str:
