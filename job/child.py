@@ -1,8 +1,9 @@
 """What runs in a child process: one stage, its errors turned into a last event and an exit status.
 
-`python -m job.child fetch|prepare|train SPEC.json`, with the writing end of a pipe in JOB_EVENTS_FD and a pipe on standard
-input that the supervisor never writes to: when it closes, the supervisor is gone, and so are we. SIGUSR1 writes the stacks of
-all threads to standard error, while training to a file. JOB_FAULT breaks a training on purpose (train/faults.py).
+`python -m job.child check|fetch|measure|prepare|train SPEC.json`, with the writing end of a pipe in JOB_EVENTS_FD and a pipe
+on standard input that the supervisor never writes to: when it closes, the supervisor is gone, and so are we. SIGUSR1 writes
+the stacks of all threads to standard error, while training to a file. JOB_FAULT breaks a training on purpose
+(train/faults.py).
 """
 
 import faulthandler
@@ -23,7 +24,7 @@ from job.errors import (
 )
 from job.events import EVENTS_FD, EventWriter, Failed, Stopped
 from job.train.preempt import StopSignal
-from job.train.spec import FetchSpec, PrepareSpec, TrainSpec
+from job.train.spec import FetchSpec, MeasureSpec, PrepareSpec, TrainSpec
 
 
 def main(stage: str, spec_file: Path) -> int:
@@ -54,10 +55,18 @@ def _run(stage: str, spec: str, events: EventWriter, stop: StopSignal) -> int:
     if stage != "prepare":  # its workers and shards want to be put away
         stop.exit_at_once(lambda text: _last_words(events, text))
     # Each stage imports what it needs: torch takes seconds.
-    if stage == "fetch":
+    if stage == "check":
+        from job.preflight.questions import CheckSpec, answer
+
+        answer(CheckSpec.model_validate_json(spec), events)
+    elif stage == "fetch":
         from job.train.fetch import fetch
 
         fetch(FetchSpec.model_validate_json(spec), events)
+    elif stage == "measure":
+        from job.train.measure import measure
+
+        measure(MeasureSpec.model_validate_json(spec))
     elif stage == "prepare":
         from job.prepared import make_prepared
 

@@ -3,6 +3,7 @@
 Long work is never silent for more than 15 seconds.
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -10,12 +11,15 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
 
 from job.events import Evaluated, Event, Loaded, Sampled, Saved, Stepped, Warned
 from job.events import Progress as Doing
 
 QUIET_SECONDS = 15.0
+LOG_WIDTH = 130
+"""Columns of a table where there is no terminal that would say its width."""
 
 
 def redactor(secrets: Iterable[str]) -> Callable[[str], str]:
@@ -37,6 +41,9 @@ class Display:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._live = sys.stderr.isatty()
         self._usd_per_hour, self.redact = usd_per_hour, redact
+        self._usd_before = 0.0
+        self._expected, self._seconds_left = "", None  # type: tuple[str, float | None]
+        self._limit_usd: float | None = None
         self._doing, self._doing_since = "starting", time.monotonic()
         self._last_shown = self._started = time.monotonic()
         self._tokens_before: tuple[int, float] | None = None
@@ -45,12 +52,19 @@ class Display:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
             console=self._console,
             disable=not self._live,
             transient=True,
         )
         self._task = self._progress.add_task("starting", total=None, note="")
+
+    def count_from(self, usd_before: float, limit_usd: float | None, *, usd_per_hour: float | None) -> None:
+        """Show the cost with that of earlier attempts, and of how much."""
+        self._usd_before, self._limit_usd, self._usd_per_hour = usd_before, limit_usd, usd_per_hour
+
+    def expect(self, note: str, seconds_left: float) -> None:
+        """What is left of the run, shown with the next step."""
+        self._expected, self._seconds_left = note, seconds_left
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -62,6 +76,12 @@ class Display:
     def say(self, text: str) -> None:
         """One line that stays."""
         self._console.print(self.redact(text), markup=False)
+        self._last_shown = time.monotonic()
+
+    def table(self, table: Table) -> None:
+        """A table that stays; its texts come redacted."""
+        console = self._console if self._live else Console(stderr=True, highlight=False, width=LOG_WIDTH)
+        console.print(table, soft_wrap=False)
         self._last_shown = time.monotonic()
 
     def stage(self, text: str) -> None:
@@ -108,9 +128,16 @@ class Display:
             speed = f"{rate:,.0f} tokens/s"
         else:
             self._tokens_before = (event.num_tokens, event.seconds)
-        cost = f"${self._usd_per_hour * (time.monotonic() - self._started) / 3600:.2f}" if self._usd_per_hour else ""
+        cost = ""
+        if self._usd_per_hour:
+            cost = f"${self._usd_before + self._usd_per_hour * (time.monotonic() - self._started) / 3600:.2f}"
+            cost += f" of ${self._limit_usd:.2f}" if self._limit_usd else ""
         note = "  ".join(part for part in (f"loss {event.loss:.3f}", speed, cost) if part)
+        note += f"  {self._expected}" if self._expected else ""
         self._progress.update(self._task, description="training", completed=event.step, total=event.num_steps, note=note)
         if not self._live:
-            self._console.print(event.model_dump_json(exclude={"event"}), markup=False, soft_wrap=True)
+            row = {**json.loads(event.model_dump_json(exclude={"event"})), **({"cost": cost} if cost else {})}
+            if self._seconds_left is not None:
+                row["seconds_left"] = round(self._seconds_left)
+            self._console.print(json.dumps(row), markup=False, soft_wrap=True)
             self._last_shown = time.monotonic()

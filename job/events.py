@@ -67,6 +67,32 @@ class Fetched(_Event):
     """Commit of a Hub model; None for a local one."""
 
 
+class Need(BaseModel):
+    """Room that a run will take on a disk."""
+
+    model_config = ConfigDict(frozen=True)
+
+    setting: str
+    """What moves it to another disk."""
+    folder: str
+    what: str
+    num_bytes: int
+
+
+class Checked(_Event):
+    """One of the questions before a run is answered."""
+
+    event: Literal["checked"] = "checked"
+    name: str
+    found: str = ""
+    exit_status: int = 0
+    message: str = ""
+    """Why it failed."""
+    needs: tuple[Need, ...] = ()
+    clock_seconds: float | None = None
+    """How far a server's clock is ahead of ours."""
+
+
 class Loaded(_Event):
     """The model is in memory, ready to train."""
 
@@ -76,6 +102,29 @@ class Loaded(_Event):
     num_parameters: int
     num_trainable: int
     dtype: str
+
+
+class Ordered(_Event):
+    """In which order the examples come, and so how many tokens all steps have together."""
+
+    event: Literal["ordered"] = "ordered"
+    num_tokens: int | None
+    """None when TRAIN_ARGS draws them in an order of its own."""
+    sample_seconds: float
+    """How long the samples at the end will take."""
+
+
+class Measured(_Event):
+    """What the first micro-batch of an attempt kept."""
+
+    event: Literal["measured"] = "measured"
+    rows: int
+    length: int
+    """Tokens of its longest row."""
+    saved_bytes: int
+    """Kept by autograd from the forward pass for the backward pass."""
+    peak_allocated_bytes: int | None
+    """Of the first step on a GPU."""
 
 
 class Stepped(_Event):
@@ -147,7 +196,7 @@ class Failed(_Event):
 
 
 Event = Annotated[
-    Progress | Warned | Fetched | Loaded | Stepped | Evaluated | Saved | Sampled | Ended | Failed,
+    Progress | Warned | Fetched | Checked | Loaded | Ordered | Measured | Stepped | Evaluated | Saved | Sampled | Ended | Failed,
     Field(discriminator="event"),
 ]
 _ADAPTER: TypeAdapter[Event] = TypeAdapter(Event)

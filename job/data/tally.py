@@ -68,6 +68,21 @@ class Tally(BaseModel):
     warnings: list[str] = []
 
 
+class Estimate(BaseModel):
+    """What preparation will probably make, from the first rows of each source."""
+
+    model_config = ConfigDict(frozen=True)
+
+    num_examples: int
+    num_tokens: int
+    """Of one pass over the training examples."""
+    longest_tokens: int
+    num_eval_tokens: int
+    error: float
+    """Share by which the tokens may be off (two standard errors, and what is assumed of the number of rows)."""
+    num_rows_read: int
+
+
 def load_tally(folder: Path) -> Tally:
     """Read the tally of a prepared folder.
 

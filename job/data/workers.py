@@ -43,7 +43,7 @@ class Workers:
         if self._num_processes > 1:
             _sharder = self._sharder  # inherited by the fork, not pickled
             self._pool = ProcessPoolExecutor(
-                self._num_processes, multiprocessing.get_context("fork"), initializer=_start, initargs=(os.getpid(),)
+                self._num_processes, multiprocessing.get_context("fork"), initializer=start_worker, initargs=(os.getpid(),)
             )
             self._pool.submit(time.time).result()  # forks all of them now, before anything opens files or starts threads
         return self
@@ -97,7 +97,8 @@ class Workers:
 _sharder: Sharder | None = None
 
 
-def _start(parent: int) -> None:
+def start_worker(parent: int) -> None:
+    """Make a forked process one that dies with its parent; what was loaded before the fork stays shared."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -7,12 +7,15 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from job.data.tally import Tally
+from job.deliver.compare import compare
 from job.deliver.report import Chosen, Happening, Report, count_actual, find_versions
 from job.errors import JobError
 from job.events import Ended, Evaluated, Event, Fetched, Loaded, Sampled, Stepped, Stopped, metrics_row
+from job.keep.checkpoints import best_step
 from job.keep.ledger import Attempt, Ledger
 from job.keep.store import MissingError, Store, read_json_lines, read_text, write_text
 from job.plan.forecast import Plan
+from job.plan.progress import Reforecast
 from job.settings import Settings
 
 REPORT, METRICS = "report.json", "metrics.jsonl"
@@ -33,12 +36,23 @@ class Record:
         self.model_dir = Path()
         self.revision: str | None = None
         self.plan: Plan | None = None
+        self.reforecast: Reforecast | None = None
+        self.memory_factor: float | None = None
         self.tally: Tally | None = None
 
     @property
     def last_step(self) -> int | None:
         """The newest step that was logged."""
         return max((step for step, row in self._rows.items() if "loss" in row), default=None)
+
+    @property
+    def num_losses_since_best(self) -> int:
+        """How often the held-out loss was measured since it was lowest; the untrained model's does not count."""
+        losses: dict[int, float | None] = {
+            step: row["eval_loss"] for step, row in self._rows.items() if step and "eval_loss" in row
+        }
+        best = best_step(losses)
+        return 0 if best is None else sum(step > best for step in losses)
 
     def add(self, event: Event) -> None:
         match event:
@@ -55,6 +69,10 @@ class Record:
             case Ended():
                 self._peak_memory_bytes = max(self._peak_memory_bytes or 0, event.peak_memory_bytes)
                 self._ended_step, self._best_step = event.step, event.best_step
+
+    def follow(self, plan: Plan, reforecast: Reforecast | None, memory_factor: float | None) -> None:
+        """Take over what is foreseen now."""
+        self.plan, self.reforecast, self.memory_factor = plan, reforecast, memory_factor
 
     def happened(self, text: str) -> list[JsonValue]:
         """Something that whoever reads the report should know; returns all of this attempt, to be noted in the ledger."""
@@ -96,17 +114,28 @@ class Record:
         evaluations = [{"step": row["step"], "eval_loss": row["eval_loss"]} for row in rows if "eval_loss" in row]
         last_step = max(self._ended_step, int(steps[-1]["step"]) if steps else 0)  # the last step may have been skipped
         chosen = self._best_step or last_step
+        actual = count_actual(
+            ledger.attempts,
+            num_tokens=int(steps[-1]["num_tokens"]) if steps else 0,
+            num_steps=last_step,
+            peak_memory_bytes=self._peak_memory_bytes,
+            device=self._device,
+        )
         chosen_loss = next((row["eval_loss"] for row in evaluations if row["step"] == chosen), None)
         return Report(
             run_id=self._run_id,
             plan=self.plan,
-            actual=count_actual(
-                ledger.attempts,
-                num_tokens=int(steps[-1]["num_tokens"]) if steps else 0,
-                num_steps=last_step,
-                peak_memory_bytes=self._peak_memory_bytes,
-                device=self._device,
+            reforecast=self.reforecast,
+            memory_factor=self.memory_factor,
+            comparison=compare(
+                self.plan,
+                self.reforecast,
+                seconds=actual.seconds,
+                num_tokens=actual.num_tokens,
+                peak_memory_bytes=actual.peak_memory_bytes,
+                cost_usd=None if actual.cost_usd == "unknown" else actual.cost_usd,
             ),
+            actual=actual,
             data=self.tally,
             evaluations=evaluations,
             chosen=Chosen(step=chosen, eval_loss=chosen_loss) if error is None else None,

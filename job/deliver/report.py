@@ -7,9 +7,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from job.data.tally import Tally
+from job.deliver.compare import Comparison, comparison_lines
 from job.events import Sampled, Stopped
 from job.keep.ledger import Attempt, cost_usd
 from job.plan.forecast import Plan
+from job.plan.progress import Reforecast
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "huggingface_hub", "accelerate")
 
@@ -45,6 +47,8 @@ class Publication(BaseModel):
     revision: str
     commit: str
     url: str
+    step: int | None = None
+    """Of an adapter that was published where the budget ended the training; None when it is the finished one."""
 
 
 class Happening(BaseModel):
@@ -68,6 +72,12 @@ class Report(BaseModel):
     exit_status: int
     reason: str | None
     plan: Plan | None
+    reforecast: Reforecast | None = None
+    """What the first 5% of the steps foretold."""
+    memory_factor: float | None = None
+    """What the first micro-batch kept for its backward pass (on a GPU: what came and went at its peak), over the plan."""
+    comparison: list[Comparison] = []
+    """Plan, re-forecast and actual side by side."""
     actual: Actual
     data: Tally | None
     attempts: list[Attempt]
@@ -126,6 +136,8 @@ def summarise(report: Report, *, adapter: str, report_file: str) -> str:
         rows = sum(source.num_rows for source in report.data.sources)
         kept = sum(source.num_kept for source in report.data.sources)
         lines.append(f"data: {kept} of {rows} rows kept ({report.data.num_train} to train, {report.data.num_eval} held out)")
+    if told := comparison_lines(report.comparison):
+        lines += ["", *told]
     for sample in report.samples:
         lines += ["", f"prompt   {_one_line(sample.prompt)}"]
         lines += [f"  before {_one_line(sample.before)}", f"  after  {_one_line(sample.after)}"]

@@ -1,20 +1,70 @@
-"""Counted examples and tokens in, the steps and batches of the run out. Memory, time and price come with a later forecast.
+"""What there is to train on, a footprint, a GPU and a price in; steps, memory, hours and dollars out.
 
-One pure function: nothing is opened, measured or asked here.
+One pure function, called before anything is downloaded with what is then known, and again with counted tokens: nothing is
+opened, measured or asked here.
 """
 
 import math
+from collections.abc import Iterator
 
 from pydantic import BaseModel, ConfigDict
 
-from job.settings import TrainSettings
+from job.plan.footprint import Footprint
+from job.plan.hardware import Gpu
+from job.plan.layout import CPU_TOKENS, Layout, choose_layout
+from job.plan.memory import MemoryEstimate, estimate_memory, optimizer_name
+from job.plan.price import Price
+from job.plan.throughput import (
+    DOWNLOAD_BYTES_PER_SECOND,
+    END_SECONDS,
+    LOAD_BYTES_PER_SECOND,
+    PADDING,
+    PREPARED_TOKENS_PER_SECOND,
+    START_SECONDS,
+    Range,
+    Speed,
+    at_rates,
+    measured_seconds,
+    step_seconds,
+)
+from job.settings import ModelSettings, TrainSettings
 
-TOKENS_PER_MICRO_BATCH = 2048
-"""One long example at a time, or several short ones: fits wherever the model does, and hides what each pass costs."""
+
+class Work(BaseModel):
+    """What there is to train on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    num_examples: int
+    num_tokens: int
+    """Of one pass over them."""
+    longest_tokens: int
+    num_eval_tokens: int = 0
+    all_steps_tokens: int | None = None
+    """Counted over all steps in their order; None when that is not known, which matters only where the last epoch is cut."""
+    basis: str = "counted"
+    """How this is known."""
+    error: float = 0.0
+    """Share by which `num_tokens` may be off."""
+
+
+class Circumstances(BaseModel):
+    """What else a forecast depends on, beside the work and the GPU."""
+
+    model_config = ConfigDict(frozen=True)
+
+    download_bytes: float = 0.0
+    """Still to come from the Hub."""
+    disk_bytes: float = 0.0
+    num_saves: int = 1
+    save_seconds: float = 5.0
+    memory_factor: float = 1.0
+    """By how much a measured step was above the estimate of what comes and goes."""
+    is_prepared: bool = False
 
 
 class Plan(BaseModel):
-    """What the run will do."""
+    """What the run will do, need and cost; what is not known is None."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -24,43 +74,220 @@ class Plan(BaseModel):
     num_examples: int
     num_steps: int
     num_tokens: int
-    """Tokens in all steps together, padding not counted; rounded where the last epoch is cut."""
+    """Tokens in all steps together, padding not counted; rounded where the last epoch is cut and its order is not known."""
+    activation_checkpointing: bool | None = None
+    memory: MemoryEstimate | None = None
+    gpu: str | None = None
+    """None for a CPU."""
+    memory_bytes: int | None = None
+    """What there is."""
+    fits: bool | None = None
+    seconds_low: float | None = None
+    seconds_high: float | None = None
+    training_seconds_low: float | None = None
+    training_seconds_high: float | None = None
+    """Of the steps alone."""
+    cost_usd_low: float | None = None
+    cost_usd_high: float | None = None
+    price_usd_per_hour: float | None = None
+    price_source: str | None = None
     assumptions: list[str]
 
 
-def forecast(settings: TrainSettings, *, num_examples: int, num_tokens: int, longest_tokens: int) -> Plan:
-    """Choose the micro-batch and count the steps.
+def forecast(
+    train: TrainSettings,
+    model: ModelSettings,
+    work: Work,
+    *,
+    footprint: Footprint | None = None,
+    gpu: Gpu | None = None,
+    memory_bytes: int | None = None,
+    price: Price | None = None,
+    speed: Speed | None = None,
+    circumstances: Circumstances | None = None,
+) -> Plan:
+    """Plan the run on one machine.
 
     Args:
-        settings: the training section.
-        num_examples: examples to train on.
-        num_tokens: tokens of one pass over them.
-        longest_tokens: tokens of the longest of them.
+        footprint: of the model in the number format of that machine; without it memory and time stay unknown.
+        gpu: what it trains on; None for a CPU.
+        memory_bytes: what may be used of its memory; None for all of the GPU's.
+        price: of the machine.
+        speed: measured on this GPU with this model; takes the place of the range.
     """
-    assumptions = []
-    if settings.gradient_accumulation_steps is not None and settings.per_device_train_batch_size != "auto":
-        micro, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    else:
-        effective = min(settings.effective_batch_size, num_examples)
-        if effective < settings.effective_batch_size:
-            assumptions.append(f"EFFECTIVE_BATCH_SIZE lowered to the {num_examples} examples there are")
-        if settings.per_device_train_batch_size == "auto":
-            fitting = max(1, TOKENS_PER_MICRO_BATCH // longest_tokens)
-            micro = max(size for size in range(1, effective + 1) if effective % size == 0 and size <= fitting)
-            assumptions.append(f"micro-batch {micro}: the longest example has {longest_tokens} tokens")
-        else:
-            micro = math.gcd(settings.per_device_train_batch_size, effective)
-        accumulation = effective // micro
-    steps_per_epoch = math.ceil(num_examples / (micro * accumulation))
-    num_steps = math.ceil(settings.num_train_epochs * steps_per_epoch)
-    if settings.max_steps is not None:
-        num_steps = min(num_steps, settings.max_steps)
+    around = circumstances or Circumstances()
+    effective, assumptions = _effective_batch(train, work)
+    available = memory_bytes if memory_bytes is not None else gpu.memory_bytes if gpu else None
+    layout, fits = _layout(train, work, footprint, gpu, available, effective, around)
+    assumptions.append(f"micro-batch {layout.micro_batch} x {layout.gradient_accumulation_steps}: {layout.reason}")
+    per_step = layout.micro_batch * layout.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(work.num_examples / per_step)
+    num_steps = math.ceil(train.num_train_epochs * steps_per_epoch)
+    if train.max_steps is not None:
+        num_steps = min(num_steps, train.max_steps)
+    num_tokens = work.all_steps_tokens
+    if num_tokens is None:
+        num_tokens = round(work.num_tokens * num_steps / steps_per_epoch)
+    if work.basis != "counted":
+        assumptions.append(f"tokens are {work.basis}, {work.error:.0%} more or less")
+    training = _training_seconds(layout, work, num_tokens, footprint, gpu, speed, model)
+    whole = training and training + _other_seconds(train, model, work, num_steps, footprint, around, training)
+    if training and gpu:
+        assumptions.append(
+            f"speed {speed.source}" if speed else f"20-50% of {gpu.peak_flops / 1e12:.0f} TFLOP/s, as published runs reach"  # type: ignore[operator]
+        )
+    if footprint:
+        assumptions += footprint.notes
+        if footprint.method == "formula":
+            assumptions.append("memory by formula: the model could not be traced; the safe number has 30% more")
+    cost = (
+        [price.cost_usd(second, storage_bytes=around.disk_bytes) for second in (whole.low, whole.high)] if price and whole else []
+    )
     return Plan(
-        micro_batch=micro,
-        gradient_accumulation_steps=accumulation,
-        effective_batch_size=micro * accumulation,
-        num_examples=num_examples,
+        micro_batch=layout.micro_batch,
+        gradient_accumulation_steps=layout.gradient_accumulation_steps,
+        effective_batch_size=per_step,
+        num_examples=work.num_examples,
         num_steps=num_steps,
-        num_tokens=round(num_tokens * num_steps / steps_per_epoch),
+        num_tokens=num_tokens,
+        activation_checkpointing=layout.activation_checkpointing if footprint else None,
+        memory=layout.memory,
+        gpu=gpu.name if gpu else None,
+        memory_bytes=available,
+        fits=fits,
+        seconds_low=whole.low if whole else None,
+        seconds_high=whole.high if whole else None,
+        training_seconds_low=training.low if training else None,
+        training_seconds_high=training.high if training else None,
+        cost_usd_low=cost[0] if cost else None,
+        cost_usd_high=cost[1] if cost else None,
+        price_usd_per_hour=price.usd_per_hour if price else None,
+        price_source=price.source if price else None,
         assumptions=assumptions,
     )
+
+
+def bits_of(model: ModelSettings) -> int:
+    return 4 if model.load_in_4bit else 8 if model.load_in_8bit else 16
+
+
+def _effective_batch(train: TrainSettings, work: Work) -> tuple[int, list[str]]:
+    if train.gradient_accumulation_steps is not None and train.per_device_train_batch_size != "auto":
+        return train.per_device_train_batch_size * train.gradient_accumulation_steps, []
+    effective = min(train.effective_batch_size, work.num_examples)
+    if effective < train.effective_batch_size:
+        return effective, [f"EFFECTIVE_BATCH_SIZE lowered to the {work.num_examples} examples there are"]
+    return effective, []
+
+
+def _layout(
+    train: TrainSettings,
+    work: Work,
+    footprint: Footprint | None,
+    gpu: Gpu | None,
+    available: int | None,
+    effective: int,
+    around: Circumstances,
+) -> tuple[Layout, bool | None]:
+    """How to lay a step out, and whether it fits; where it does not, the smallest layout, to show by how much."""
+    asked = None if train.per_device_train_batch_size == "auto" else math.gcd(train.per_device_train_batch_size, effective)
+    recomputes = None if train.activation_checkpointing == "auto" else train.activation_checkpointing
+    optimizer = optimizer_name(train, on_gpu=gpu is not None)
+    if footprint is None or available is None:
+        fitting = max(1, CPU_TOKENS // work.longest_tokens)
+        micro = asked or max(size for size in range(1, effective + 1) if effective % size == 0 and size <= fitting)
+        reason = f"the longest example has {work.longest_tokens} tokens"
+        return _fixed(micro, effective, recomputes is True, reason), None
+    layout = choose_layout(
+        footprint,
+        memory_bytes=available,
+        effective_batch=effective,
+        length=work.longest_tokens,
+        micro_batch=asked,
+        activation_checkpointing=recomputes,
+        optimizer=optimizer,
+        on_gpu=gpu is not None,
+        factor=around.memory_factor,
+    )
+    if layout is not None:
+        return layout, True
+    micro = asked or 1
+    recomputes = recomputes is not False
+    memory = estimate_memory(
+        footprint,
+        rows=micro,
+        length=work.longest_tokens,
+        activation_checkpointing=recomputes,
+        optimizer=optimizer,
+        on_gpu=gpu is not None,
+    ).corrected(around.memory_factor)
+    short = (memory.safe_peak_bytes - available) / 2**30
+    reason = f"does not fit, {short:.1f} GiB are missing"
+    return _fixed(micro, effective, recomputes, reason).model_copy(update={"memory": memory}), False
+
+
+def _fixed(micro: int, effective: int, recomputes: bool, reason: str) -> Layout:
+    return Layout(
+        micro_batch=micro,
+        gradient_accumulation_steps=-(-effective // micro),
+        activation_checkpointing=recomputes,
+        memory=None,
+        reason=reason,
+    )
+
+
+def _training_seconds(
+    layout: Layout,
+    work: Work,
+    num_tokens: int,
+    footprint: Footprint | None,
+    gpu: Gpu | None,
+    speed: Speed | None,
+    model: ModelSettings,
+) -> Range | None:
+    spread = Range(low=1 - work.error, high=1 + work.error)
+    if speed is not None:
+        seconds = measured_seconds(num_tokens, speed)
+        return Range(low=seconds.low * spread.low, high=seconds.high * spread.high)
+    if footprint is None or gpu is None or not gpu.peak_flops:
+        return None
+    mean = max(1, round(work.num_tokens / work.num_examples))
+    padding = min(PADDING, work.longest_tokens / mean) if layout.micro_batch > 1 else 1.0
+    per_row = footprint.flops(1, mean, activation_checkpointing=layout.activation_checkpointing)
+    seconds = step_seconds(
+        per_row / mean * num_tokens * padding,
+        layout.micro_batch * mean * padding,
+        peak_flops=gpu.peak_flops,
+        bits=bits_of(model),
+    )
+    return Range(low=seconds.low * spread.low, high=seconds.high * spread.high)
+
+
+def _other_seconds(
+    train: TrainSettings,
+    model: ModelSettings,
+    work: Work,
+    num_steps: int,
+    footprint: Footprint | None,
+    around: Circumstances,
+    training: Range,
+) -> Range:
+    """Start, download, load, preparation, evaluations, checkpoints and end."""
+    parts = [Range(low=START_SECONDS[0], high=START_SECONDS[1]), Range(low=END_SECONDS[0], high=END_SECONDS[1])]
+    parts.append(at_rates(around.download_bytes, DOWNLOAD_BYTES_PER_SECOND))
+    if footprint:
+        parts.append(at_rates(2.0 * footprint.num_parameters, LOAD_BYTES_PER_SECOND))
+    if not around.is_prepared:
+        parts.append(at_rates(work.num_tokens, PREPARED_TOKENS_PER_SECOND))
+    parts.append(Range(low=around.save_seconds * around.num_saves, high=2 * around.save_seconds * around.num_saves))
+    total_tokens = max(1.0, work.num_tokens * train.num_train_epochs)
+    num_evaluations = 2 + (num_steps // train.eval_steps if train.eval_steps else 0)
+    parts.append(training.times(num_evaluations * work.num_eval_tokens / total_tokens / 3))  # forward only: a third of a step
+    return _sum(iter(parts))
+
+
+def _sum(parts: Iterator[Range]) -> Range:
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    return total

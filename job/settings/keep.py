@@ -17,6 +17,12 @@ def _check_output_uri(value: str) -> str:
     return value.rstrip("/") or "/"
 
 
+def _check_file(value: Path | None) -> Path | None:
+    if value is not None and not value.expanduser().is_file():
+        raise ValueError(f"no such file (looked in {Path.cwd()})")
+    return value
+
+
 class KeepSettings(Section):
     title = "Keeping"
 
@@ -43,6 +49,14 @@ class BudgetSettings(Section):
 
     gpu_hourly_rate: Annotated[PositiveFloat | None, NEUTRAL] = None
     """What the machine costs in US dollars an hour; the report says "unknown" without it, never 0."""
+    gpu_prices_file: Annotated[Path | None, AfterValidator(lambda v: _check_file(v)), NEUTRAL] = None
+    """Your own prices as JSON, `[{"gpu": "RTX 4090", "usd_per_hour": 0.5}]`; they go before the job's dated table."""
+    max_cost_usd: Annotated[PositiveFloat | None, NEUTRAL] = None
+    """US dollars that all attempts together may cost; the run stops before, with a checkpoint (status 8); raise it to go on."""
+    max_hours: Annotated[PositiveFloat | None, NEUTRAL] = None
+    """Hours that all attempts together may take, downloads and preparation included; for machines without a known price."""
+    publish_on_budget: Annotated[bool, NEUTRAL] = False
+    """When the budget ends the run, deliver the adapter as it is then: to HUB_MODEL_ID, or to the store as `budget-adapter`."""
 
 
 class PublishSettings(Section):

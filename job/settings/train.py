@@ -84,6 +84,10 @@ class LoraSettings(Section):
     use_dora: bool = False
     """Weight-decomposed LoRA: a little better at small ranks, slower (arXiv 2402.09353)."""
 
+    @property
+    def adapts_all_linear(self) -> bool:
+        return self.lora_target_modules == ("all-linear",)
+
 
 class TrainSettings(Section):
     title = "Training"
@@ -107,11 +111,11 @@ class TrainSettings(Section):
     effective_batch_size: PositiveInt = 16
     """Examples per optimizer step over all devices; the micro-batch and accumulation follow from it."""
     per_device_train_batch_size: Annotated[PositiveInt | Literal["auto"], Field(union_mode="left_to_right"), NEUTRAL] = "auto"
-    """Micro-batch: examples per forward pass; must divide EFFECTIVE_BATCH_SIZE; auto picks a safe one."""
+    """Micro-batch: examples per forward pass; must divide EFFECTIVE_BATCH_SIZE; auto: the largest that fits into memory."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Set with PER_DEVICE_TRAIN_BATCH_SIZE to give the effective batch as their product instead."""
     activation_checkpointing: Annotated[bool | Literal["auto"], Field(union_mode="left_to_right"), NEUTRAL] = "auto"
-    """Recompute activations in the backward pass: about 30% slower, far less memory; auto: on with a GPU."""
+    """Recompute activations in the backward pass: about 30% slower, far less memory; auto: only where they do not fit."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # numpy takes 32 bits
     """Seed of the adapter's start, the order of the data and dropout."""
     logging_steps: Annotated[PositiveInt, NEUTRAL] = 1

@@ -6,6 +6,7 @@ import torch
 from trl import SFTConfig
 
 from job.errors import Problem, SettingsError
+from job.plan.memory import optimizer_name
 from job.train.model import pick_dtype
 from job.train.spec import TrainSpec
 
@@ -25,7 +26,7 @@ def make_arguments(spec: TrainSpec, *, has_eval: bool) -> SFTConfig:
         "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": settings.warmup_steps,
         "weight_decay": settings.weight_decay,
-        "optim": ("paged_adamw_8bit" if gpu else "adamw_torch") if settings.optim == "auto" else settings.optim,
+        "optim": optimizer_name(settings, on_gpu=gpu),
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
         "data_seed": settings.seed,
@@ -34,6 +35,8 @@ def make_arguments(spec: TrainSpec, *, has_eval: bool) -> SFTConfig:
         "fp16": gpu and dtype == torch.float16,
         "use_cpu": not gpu,
         "activation_checkpointing": checkpointing if spec.activation_checkpointing is None else spec.activation_checkpointing,
+        # 8-bit layers hold their input where only a recomputation from scratch lets go of it (bitsandbytes 0.50, MatMul8bitLt).
+        "activation_checkpointing_kwargs": {"use_reentrant": True} if spec.model.load_in_8bit else None,
         "activation_offloading": spec.activation_offloading and gpu,  # on a CPU there is nowhere else to put them
         "eval_strategy": "steps" if has_eval and settings.eval_steps else "no",
         "eval_steps": settings.eval_steps,

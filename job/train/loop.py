@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
-from job.data.tokens import IGNORED
 from job.events import Phase
+from job.plan.footprint import PLAIN_LOGITS
 from job.train.faults import Faults
+from job.train.gauge import Gauge
+from job.train.loss import plain_loss
 from job.train.state import load_adapter, load_optimizer, load_rng, put_rng, take_rng
 from job.train.watch import Watch
-
-PLAIN_LOGITS = 2**27
-"""Tokens x vocabulary up to which logits are computed whole: 512 MiB in fp32. Above, TRL's fused head never holds them; below,
-its tiles cost more than they save."""
 
 
 class Loop(SFTTrainer):
@@ -27,6 +25,7 @@ class Loop(SFTTrainer):
         super().__init__(callbacks=[watch], **options)
         self._watch, self._faults, self._skip_steps = watch, faults, frozenset(skip_steps)
         self._step_loss, self._norm = torch.zeros((), device=self.args.device), torch.zeros(())
+        self.gauge = Gauge()
         watch.trainer = self
 
     @property
@@ -58,16 +57,17 @@ class Loop(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if not model.training:
+            return self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.gauge.look(model, inputs["input_ids"]):
+            return self._compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Any) -> Any:
         vocabulary = self.model.config.get_text_config().vocab_size
         if return_outputs or inputs["input_ids"].numel() * vocabulary > PLAIN_LOGITS:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"][:, 1:]  # (B, T-1)
         logits = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        counted = (labels != IGNORED).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        return loss / counted.clamp(min=1)
+        return plain_loss(logits, inputs["labels"], num_items_in_batch)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         step, is_last = self.state.global_step + 1, self.accelerator.sync_gradients

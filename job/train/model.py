@@ -49,8 +49,8 @@ def load_model(spec: TrainSpec) -> Any:
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
     if torch.cuda.is_available():
         options["device_map"] = {"": torch.cuda.current_device()}
-    if quantization := _quantization(settings, dtype):
-        options["quantization_config"] = quantization
+    if asked := quantization(settings, dtype):
+        options["quantization_config"] = asked
     try:
         model = AutoModelForCausalLM.from_pretrained(
             spec.model_dir, trust_remote_code=settings.trust_remote_code, local_files_only=True, **options
@@ -112,12 +112,11 @@ def train_in_fp32(model: torch.nn.Module) -> None:
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig:
-    targets: Any = list(settings.lora_target_modules)
     return LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules="all-linear" if settings.adapts_all_linear else list(settings.lora_target_modules),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         task_type="CAUSAL_LM",
@@ -138,7 +137,8 @@ def check_lora_targets(model: torch.nn.Module, settings: LoraSettings) -> None:
         raise SettingsError([problem])
 
 
-def _quantization(settings: ModelSettings, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization(settings: ModelSettings, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How bitsandbytes is asked to quantise; None for weights as they are."""
     if settings.load_in_4bit:
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

@@ -4,7 +4,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from job.data.tally import Estimate
+from job.plan.footprint import Footprint
 from job.settings import DataSettings, LoraSettings, ModelSettings, TrainSettings
+
+TOKENIZER = "tokenizer"
+"""Folder in scratch_dir with the tokenizer, for an adapter that is delivered before the training has ended."""
 
 
 class _Spec(BaseModel):
@@ -65,3 +70,29 @@ class TrainSpec(_Spec):
     """LEARNING_RATE is multiplied by it from the first step of this attempt on, whatever the checkpoint says."""
     skip_steps: tuple[int, ...] = ()
     """Optimizer steps (the first is 1) whose examples are passed over: the step counts, nothing is learned."""
+
+
+class MeasureSpec(_Spec):
+    """Find out what a model takes, and how much data there is; without weights."""
+
+    model: ModelSettings
+    lora: LoraSettings
+    model_dir: Path
+    """Holds config.json and the tokenizer; or the `.gguf` file that holds both."""
+    on_gpu: bool
+    length: int
+    """Tokens of the longest example that is planned for."""
+    data: DataSettings | None
+    """To be estimated from its first rows; None when its size is known or not asked for."""
+    with_footprint: bool
+    cache_dir: Path
+    result: Path
+    """File that gets a `Measurements` as JSON."""
+
+
+class Measurements(_Spec):
+    """What was found; a part that failed says why."""
+
+    footprint: Footprint | None = None
+    estimate: Estimate | None = None
+    estimate_failed: str | None = None

@@ -11,11 +11,12 @@ import signal
 from pathlib import Path
 
 import datasets
+import pyarrow.compute
 import torch
 from transformers import PrinterCallback
 
 from job.errors import DivergedError, JobError, MachineError, PlanError, PreemptedError
-from job.events import Ended, EventWriter, Failed, Loaded, Phase, Progress, Saved, Stopped, Warned
+from job.events import Ended, EventWriter, Failed, Loaded, Ordered, Phase, Progress, Saved, Stopped, Warned
 from job.keep.checkpoints import STORED, DamagedError, check, seal, step_name
 from job.settings import is_hub_id
 from job.train.arguments import make_arguments
@@ -31,9 +32,10 @@ from job.train.model import (
     told_while_loading,
     train_in_fp32,
 )
+from job.train.order import tokens_of_steps
 from job.train.preempt import StoppedError, StopSignal
-from job.train.sample import sample
-from job.train.spec import TrainSpec
+from job.train.sample import sample, time_samples
+from job.train.spec import TOKENIZER, TrainSpec
 from job.train.state import load_adapter
 from job.train.watch import Watch
 
@@ -97,6 +99,7 @@ def _train(spec: TrainSpec, events: EventWriter, watch: Watch, stop: StopSignal,
     faults.strike("load", 0)
     with told_while_loading(watch.beat):
         tokenizer, model = load_tokenizer(spec), load_model(spec)
+    tokenizer.save_pretrained(str(spec.scratch_dir / TOKENIZER))
     check_lora_targets(model, spec.lora)
     has_eval = (spec.data_dir / "eval").is_dir()
     trainer = Loop(
@@ -124,6 +127,7 @@ def _train(spec: TrainSpec, events: EventWriter, watch: Watch, stop: StopSignal,
             dtype=str(pick_dtype(spec.model.dtype)).removeprefix("torch."),
         )
     )
+    events.write(Ordered(num_tokens=_count_tokens(trainer, spec), sample_seconds=time_samples(trainer.model, tokenizer, spec)))
     if spec.resume_from is not None and (watch.step >= spec.num_steps or watch.lacks_evaluation() or watch.has_stopped_early):
         load_adapter(trainer, spec.resume_from)
         _evaluate(trainer, watch, events, has_eval=has_eval)
@@ -147,6 +151,20 @@ def _train(spec: TrainSpec, events: EventWriter, watch: Watch, stop: StopSignal,
             raise
         events.write(Warned(text=f"no samples: {type(error).__name__}: {error}"))
     return Ended(stopped=Stopped.FINISHED, step=watch.step, peak_memory_bytes=_peak_memory_bytes(), best_step=best)
+
+
+def _count_tokens(trainer: Loop, spec: TrainSpec) -> int | None:
+    """Of all steps of the run; None when TRAIN_ARGS draws the examples in an order of its own."""
+    if trainer.args.train_sampling_strategy not in ("random", "sequential"):
+        return None
+    lengths = pyarrow.compute.list_value_length(trainer.train_dataset.data.column("input_ids")).to_numpy()
+    return tokens_of_steps(
+        lengths,
+        num_steps=spec.num_steps,
+        examples_per_step=spec.micro_batch * spec.gradient_accumulation_steps,
+        seed=trainer.args.data_seed,
+        is_shuffled=trainer.args.train_sampling_strategy == "random",
+    )
 
 
 def _load_best(trainer: Loop, watch: Watch, spec: TrainSpec, events: EventWriter) -> int | None:

@@ -115,6 +115,8 @@ class Watch(TrainerCallback):
             guard=self._guard.state(),
         )
         self.is_updating = False
+        if (measured := self.trainer.gauge.take()) is not None:
+            self._events.write(measured)
         steps, interval = self._spec.save_steps, self._spec.save_interval_seconds
         if state.global_step % steps == 0 if steps else time.monotonic() - self._saved_at >= interval:
             self._is_due = True
