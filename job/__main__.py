@@ -8,18 +8,21 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from job.errors import DISK_ERRORS, JobError, MachineError, PreemptedError, SettingsError
+from job.errors import DISK_ERRORS, BudgetError, JobError, MachineError, PreemptedError, SettingsError
 from job.settings import RECIPES_DIR, Configuration, default_run_id, known_names, read_settings
 from job.settings.describe import describe_settings, env_example, settings_markdown
 
 COMMANDS = {
     "run": "do the whole job, or what is left of it (the default)",
+    "plan": "say whether it fits, how long it takes and what it costs, on every GPU (--gpu NAME, --num-gpus N, --json)",
     "check": "ask the store and the Hub whether the job could run; trains nothing",
     "prepare": "make the training data and stop",
     "publish": "push an adapter that is trained and in the store",
     "settings": "list every setting with its default",
     "recipes": "list the recipes",
 }
+PLAN_FLAGS = ("gpu", "num_gpus", "json")
+"""Flags of `plan` itself; all others are settings."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,16 +42,24 @@ def main(arguments: Sequence[str]) -> int:
     if command.command == "recipes":
         return _recipes()
     try:
-        return _job(command.command, _read_flags(rest))
+        flags = _read_flags(rest)
+        own = {name: flags.pop(name.upper()) for name in PLAN_FLAGS if name.upper() in flags} if command.command == "plan" else {}
+        return _job(command.command, flags, own)
     except SettingsError as error:
         print("\n".join(str(problem) for problem in error.problems), file=sys.stderr)
         return error.exit_status
     except JobError as error:
-        print(f"{'stopped' if isinstance(error, PreemptedError) else 'failed'}: {error}", file=sys.stderr)
+        print(f"{'stopped' if isinstance(error, (PreemptedError, BudgetError)) else 'failed'}: {error}", file=sys.stderr)
         return error.exit_status
 
 
-def _job(command: str, flags: dict[str, str]) -> int:
+def _job(command: str, flags: dict[str, str], own: dict[str, str]) -> int:
+    """Run a command that needs settings.
+
+    Args:
+        flags: settings from the command line.
+        own: flags of the command itself.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):  # until StopRequest takes over: nothing is begun, nothing can be lost
         signal.signal(number, lambda *_: sys.exit(PreemptedError.exit_status))
     configuration = read_settings(os.environ, flags)
@@ -59,7 +70,7 @@ def _job(command: str, flags: dict[str, str]) -> int:
     from job.display import Display, redactor
     from job.keep.store import open_store, within
     from job.run import Run
-    from job.supervise import StopRequest
+    from job.stopping import StopRequest
 
     settings = configuration.settings
     secrets = _secrets(configuration)
@@ -76,11 +87,14 @@ def _job(command: str, flags: dict[str, str]) -> int:
                 settings,
                 run_id=run_id,
                 store=within(store, run_id),
+                shared=store,
                 work=_work_folder(settings.keep.work_dir, store.uri, run_id),
                 environ=os.environ,
                 display=display,
                 stop=stop,
             )
+            if command == "plan":
+                return run.plan(own)
             return {"run": run.start, "check": run.check, "prepare": run.prepare, "publish": run.publish}[command]()
     except SettingsError as error:
         raise SettingsError([redact(str(problem)) for problem in error.problems]) from None

@@ -6,7 +6,8 @@ A stage whose result already lies in the store is passed over, so a start after 
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,19 +15,32 @@ from filelock import FileLock, Timeout
 from job.deliver.finish import ADAPTER, deliver
 from job.deliver.record import REPORT, Record
 from job.deliver.report import Report, summarise
+from job.deliver.unfinished import deliver_unfinished
 from job.display import Display
-from job.errors import DISK_ERRORS, JobError, MachineError, PreemptedError, Problem, PublishError, SettingsError
+from job.errors import (
+    DISK_ERRORS,
+    BudgetError,
+    JobError,
+    MachineError,
+    PreemptedError,
+    Problem,
+    PublishError,
+    SettingsError,
+)
 from job.events import Stopped
 from job.keep.checkpoints import DamagedError, delete_folder, get_folder
 from job.keep.ledger import Ledger
 from job.keep.mirror import is_whole
-from job.keep.store import Store, write_text
-from job.preflight import check_everything, raise_first
+from job.keep.store import Store, hurried, write_text
+from job.preflight import Result, check_everything, raise_first, results_table, summary
+from job.quote import make_quote, print_quote
 from job.settings import Settings
 from job.stages import Stages
-from job.supervise import ChildFailedError, StopRequest
+from job.stopping import StopRequest
+from job.supervise import ChildFailedError
 
 DONE = "DONE"
+STOPPED: dict[type[JobError], Stopped] = {PreemptedError: Stopped.PREEMPTED, BudgetError: Stopped.BUDGET}
 
 
 class Run:
@@ -36,6 +50,7 @@ class Run:
         settings: all that was asked for.
         run_id: the run's name.
         store: the run's own folder in OUTPUT_URI.
+        shared: OUTPUT_URI itself.
         work: the run's own folder on this machine.
         environ: the process's environment.
     """
@@ -46,20 +61,32 @@ class Run:
         *,
         run_id: str,
         store: Store,
+        shared: Store,
         work: Path,
         environ: Mapping[str, str],
         display: Display,
         stop: StopRequest,
     ) -> None:
         self._settings, self._run_id, self._store, self._work = settings, run_id, store, work
-        self._display, self._stop = display, stop
+        self._display, self._stop, self._started = display, stop, datetime.now(UTC)
+        self._environ, self._shared = environ, shared
         self._record = Record(settings, run_id, store, work)
-        self._stages = Stages(settings, store=store, work=work, environ=environ, display=display, stop=stop, record=self._record)
+        self._stages = Stages(
+            settings,
+            run_id=run_id,
+            store=store,
+            shared=shared,
+            work=work,
+            environ=environ,
+            display=display,
+            stop=stop,
+            record=self._record,
+        )
 
     def start(self) -> int:
         """Do whatever is left of the run; returns 0, or raises the JobError to exit with."""
         with self._stop.at_once():
-            is_done = DONE in self._store.list(DONE)
+            is_done = DONE in hurried(self._store).list(DONE)
         if is_done:
             self._display.say(f"already done: {self._store.uri}; nothing to do")
             return 0
@@ -79,11 +106,43 @@ class Run:
             return self._start()
 
     def check(self) -> int:
-        """Ask everything that can be asked without spending; raises the first refusal."""
-        results = check_everything(self._settings, self._store, self._work)
-        for name, error in results:
-            self._display.say(f"{name}: {'fine' if error is None else error}")
+        """Ask everything that can be asked without spending, and show it; raises the first refusal."""
+        with self._stop.at_once():
+            store, is_trained = hurried(self._store), False
+            with suppress(JobError):  # told by the check of the store
+                is_trained = DONE in store.list(DONE) or is_whole(store, ADAPTER)
+            results = self._check(is_trained=is_trained)
+        self._display.table(results_table(results, self._display.redact))
         raise_first(results)
+        return 0
+
+    def _check(self, *, is_trained: bool, is_first: bool = True) -> list[Result]:
+        has_data = False
+        with suppress(JobError):
+            has_data = is_trained or self._stages.has_prepared(hurried(self._store))
+        return check_everything(
+            self._settings,
+            self._store,
+            self._work,
+            environ=self._environ,
+            stop=self._stop,
+            has_data=has_data,
+            is_trained=is_trained,
+            more=self._stages.plan_checks(is_first=is_first),
+            on_idle=self._display.heartbeat,
+        )
+
+    def plan(self, flags: Mapping[str, str]) -> int:
+        """Say what the run would need and cost, on this GPU or on any; downloads no weights and trains nothing."""
+        self._work.mkdir(parents=True, exist_ok=True)
+        self._display.stage("reading the model's shape and the first rows of the data")
+        planner, sizes = self._stages.planner, self._stages.sizes
+        try:
+            tally = self._stages.known_tally()
+            quote = make_quote(planner, sizes, self._settings, flags, tally, scratch=self._work, shared=self._shared)
+        except ChildFailedError as failure:
+            raise failure.error from None
+        print_quote(quote, self._settings, as_json="json" in flags, redact=self._display.redact)
         return 0
 
     def prepare(self) -> int:
@@ -123,9 +182,17 @@ class Run:
     def _start(self) -> int:
         with self._stop.at_once():
             trained = self._is_trained()
-            self._display.stage("checking the store and the Hub")
-            raise_first(check_everything(self._settings, self._store, self._work))
-            ledger = Ledger(self._store, self._work, price_usd_per_hour=self._settings.budget.gpu_hourly_rate)
+            usd = price.usd_per_hour if (price := self._stages.planner.price) else None
+            ledger = Ledger(self._store, self._work, price_usd_per_hour=usd, started=self._started)
+            budget = self._stages.charge(ledger, is_trained=trained)
+            self._display.stage("checking this machine, the store, the model and the data")
+            if not trained:
+                self._stages.sizes.begin(on_gpu=self._stages.planner.gpu is not None)
+            results = self._check(is_trained=trained, is_first=not ledger.past)
+            for line in summary(results):
+                self._display.say(line)
+            raise_first(results)
+            self._stop.limit(None if trained else budget)
             if not ledger.past:  # a run that was deleted from the store starts over, whatever lies here
                 for left_over in ("checkpoints", "adapter"):
                     shutil.rmtree(self._work / left_over, ignore_errors=True)
@@ -136,15 +203,13 @@ class Run:
             if not trained:
                 self._stages.fetch()
                 data_dir = self._stages.prepare()
-                self._stages.train(ledger, data_dir)
+                self._stages.train(data_dir)
                 with self._stop.at_once():
                     self._stages.confirm()
         except ChildFailedError as failure:
             stopped, error = failure.stopped, failure.error
-        except PreemptedError as failure:
-            stopped, error = Stopped.PREEMPTED, failure
         except JobError as failure:
-            stopped, error = Stopped.CRASHED, failure
+            stopped, error = STOPPED.get(type(failure), Stopped.CRASHED), failure
         except Exception as bug:
             if not isinstance(bug, OSError) or bug.errno not in DISK_ERRORS:
                 # What is trained is stored before the traceback is shown.
@@ -158,7 +223,10 @@ class Run:
         with self._stop.at_once():
             ledger.record(stopped=stopped)
             report = self._record.report(ledger, stopped, None)
-        return self._deliver(report, ledger)
+        status = self._deliver(report, ledger)
+        if overrun := budget.overrun():
+            self._display.say(f"warning: {overrun}")
+        return status
 
     def _record_failure(self, ledger: Ledger, stopped: Stopped, error: JobError) -> None:
         """Store what is known, as far as the store answers in time: the error that came first decides the exit status."""
@@ -167,12 +235,26 @@ class Run:
             lambda: ledger.record(stopped=stopped),
             lambda: self._put_report(self._record.report(ledger, stopped, error)),
         ]
+        if stopped is Stopped.BUDGET and self._settings.budget.publish_on_budget:
+            last_acts.append(lambda: self._deliver_unfinished(ledger, error))
         with self._warned(), self._stop.within_grace(self._settings.keep.grace_seconds):
             for act in last_acts:
                 if self._stop.is_over:
                     break
                 with self._warned():
                     act()
+
+    def _deliver_unfinished(self, ledger: Ledger, error: JobError) -> None:
+        """Deliver what the budget paid for; a failure is told, for the checkpoint is safe."""
+        self._display.stage("delivering what is trained")
+        report, redact = self._record.report(ledger, Stopped.BUDGET, error), self._display.redact
+        try:
+            report = deliver_unfinished(report, self._settings, store=self._store, work=self._work, redact=redact)
+        except Exception as failure:  # whatever it is, the budget's exit status stands
+            self._display.say(f"warning: PUBLISH_ON_BUDGET=1: {failure}")
+            return
+        ledger.record()
+        self._put_report(report.model_copy(update={"attempts": ledger.attempts}))
 
     @contextmanager
     def _warned(self) -> Iterator[None]:

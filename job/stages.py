@@ -3,24 +3,38 @@
 Each raises ChildFailedError when its process fails, and other JobErrors for the store.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from job.data.tally import DROPPED, TALLY, describe, load_tally
+from job.data.tally import DROPPED, TALLY, Tally, describe, load_tally
 from job.deliver.record import Record
 from job.display import Display
-from job.events import Event
-from job.keep.checkpoints import DamagedError, delete_folder, get_folder, put_folder
+from job.errors import JobError
+from job.events import Event, Fetched
+from job.foresight import Foresight
+from job.keep.budget import Budget
+from job.keep.checkpoints import MANIFEST, DamagedError, delete_folder, get_folder, put_folder
 from job.keep.ledger import Ledger
-from job.keep.store import MissingError, Store, write_text
-from job.plan.forecast import forecast
+from job.keep.mirror import is_whole
+from job.keep.store import MissingError, Store, read_text, write_text
+from job.plan.forecast import Plan
+from job.plan.memory import optimizer_name
+from job.plan.show import plan_line
+from job.planning import Planner, counted
 from job.prepared import is_same, locked
 from job.settings import Settings, data_fingerprint
-from job.supervise import StopRequest, child_environ, run_child
+from job.sizing import Sizes
+from job.speeds import remember_speed
+from job.stopping import StopRequest
+from job.supervise import child_environ, run_child
 from job.train.spec import FetchSpec, PrepareSpec
 from job.training import Training
+
+HEARTBEAT_SECONDS = 10.0
+"""What a killed attempt may have cost beyond its record. On S3 a beat is one request: four cents a day."""
 
 
 class Stages:
@@ -30,7 +44,9 @@ class Stages:
         self,
         settings: Settings,
         *,
+        run_id: str,
         store: Store,
+        shared: Store,
         work: Path,
         environ: Mapping[str, str],
         display: Display,
@@ -38,13 +54,36 @@ class Stages:
         record: Record,
     ) -> None:
         self._settings, self._store, self._work, self._environ = settings, store, work, environ
+        self._run_id, self._shared = run_id, shared
         self._display, self._stop, self._record = display, stop, record
         self._training: Training | None = None
+        self._ledger: Ledger | None = None
+        self._budget: Budget | None = None
         self._secrets = {
             name.upper(): secret.get_secret_value()
             for name in type(settings.secrets).model_fields
             if (secret := getattr(settings.secrets, name)) is not None
         }
+        self.sizes = Sizes(
+            settings, store=store, work=work, display=display, model_dir=lambda: record.model_dir, start_child=self._quiet_child
+        )
+        self.planner = Planner(settings, shared=shared, work=work, environ=environ, display=display, sizes=self.sizes)
+        self._foresight: Foresight | None = None
+
+    def charge(self, ledger: Ledger, *, is_trained: bool) -> Budget:
+        """From now on the time goes into this ledger; returns the budget that may end it.
+
+        Raises:
+            BudgetError, SettingsError: training may not start with it.
+        """
+        self._ledger, self._budget = ledger, (budget := Budget(self._settings.budget, ledger))
+        usd_per_hour = ledger.current.price_usd_per_hour
+        self._display.count_from(budget.spent_before_usd, budget.limit_usd, usd_per_hour=usd_per_hour)
+        if not is_trained:
+            if warning := budget.warning():
+                self._display.say(f"warning: {warning}")
+            budget.check_start()
+        return budget
 
     def fetch(self, *, tokenizer_only: bool = False) -> None:
         """Bring the base model onto this machine."""
@@ -87,6 +126,12 @@ class Stages:
             self._display.say(line)
         return folder
 
+    def has_prepared(self, store: Store) -> bool:
+        """Whether the data lies in the store, or on this machine for another run that asked for the same."""
+        fingerprint = data_fingerprint(self._settings)
+        folder = self._settings.keep.work_dir.expanduser().absolute() / "data" / fingerprint
+        return (folder / MANIFEST).is_file() or is_whole(store, f"data/{fingerprint}")
+
     def _restore_prepared(self, folder: Path, name: str) -> bool:
         """Whether the data that this run has prepared before lies in `folder` now."""
         if self._settings.data.keep_dropped and f"{name}/{DROPPED}" not in self._store.list(f"{name}/{DROPPED}"):
@@ -101,16 +146,13 @@ class Stages:
         self._display.say("prepared data found in the store")
         return True
 
-    def train(self, ledger: Ledger, data_dir: Path) -> None:
+    def train(self, data_dir: Path) -> None:
         """Train from the newest whole checkpoint to the last step."""
         tally = self._record.tally
-        assert tally is not None
-        plan = self._record.plan = forecast(
-            self._settings.train,
-            num_examples=tally.num_train,
-            num_tokens=tally.num_train_tokens,
-            longest_tokens=tally.longest_tokens,
-        )
+        assert tally is not None and self._ledger is not None and self._budget is not None
+        with self._stop.at_once():
+            plan = self._plan(tally)
+        foresight = self._foresight = self._follow(plan, tally)
         self._training = Training(
             self._settings,
             store=self._store,
@@ -119,10 +161,72 @@ class Stages:
             display=self._display,
             stop=self._stop,
             record=self._record,
-            ledger=ledger,
+            ledger=self._ledger,
+            budget=self._budget,
+            foresight=foresight,
             start_child=self._child,
         )
         self._training.run(data_dir, plan)
+        self._remember_speed(foresight)
+
+    def _plan(self, tally: Tally) -> Plan:
+        """The forecast with counted data; without a footprint when the model could not even be looked at."""
+        plan = self._record.plan = self.planner.plan(counted(tally))
+        self.planner.refuse(plan, longest=tally.longest_tokens, checks_cost=self._is_first())
+        self._display.say(plan_line(plan))
+        for line in plan.assumptions:
+            self._display.say(f"  {line}")
+        return plan
+
+    def _is_first(self) -> bool:
+        """Whether nothing was spent yet: later the budget itself decides when to stop."""
+        return self._ledger is None or not self._ledger.past
+
+    def plan_checks(self, *, is_first: bool) -> dict[str, Callable[[], str]]:
+        """For the checks before a run: whether it fits into this machine's memory, and into the budget."""
+        return {"plan": lambda: self.planner.check(is_first=is_first)}
+
+    def known_tally(self) -> Tally | None:
+        """Of data that was prepared already, by this run or by another one on this machine."""
+        fingerprint = data_fingerprint(self._settings)
+        folder = self._settings.keep.work_dir.expanduser().absolute() / "data" / fingerprint
+        if (folder / MANIFEST).is_file():
+            return load_tally(folder)
+        try:
+            return Tally.model_validate_json(read_text(self._store, f"data/{fingerprint}/{TALLY}", self._work))
+        except (MissingError, ValueError):
+            return None
+
+    def _follow(self, plan: Plan, tally: Tally) -> Foresight:
+        assert self._ledger is not None
+        on_gpu = plan.gpu is not None
+        return Foresight(
+            plan,
+            self.sizes.footprint_or_none(on_gpu=on_gpu),
+            longest_tokens=tally.longest_tokens,
+            optimizer=optimizer_name(self._settings.train, on_gpu=on_gpu),
+            eval_steps=self._settings.train.eval_steps,
+            has_eval=tally.num_eval > 0,
+            ledger=self._ledger,
+            display=self._display,
+        )
+
+    def _remember_speed(self, foresight: Foresight) -> None:
+        speed, plan = foresight.tokens_per_second, foresight.plan
+        if speed is None:
+            return
+        try:
+            remember_speed(
+                self._shared,
+                self._work,
+                self._settings,
+                gpu=plan.gpu or "cpu",
+                run_id=self._run_id,
+                tokens_per_second=speed,
+                num_steps=foresight.num_measured,
+            )
+        except JobError as error:  # later forecasts do without
+            self._display.say(f"warning: {error}")
 
     def _child(
         self,
@@ -131,14 +235,14 @@ class Stages:
         *,
         allowed: tuple[str, ...],
         environ: Mapping[str, str] | None = None,
-        on_idle: Callable[[], None] = lambda: None,
         hang_seconds: float | None = None,
     ) -> None:
         self._stop.check()
 
         def idle() -> None:
             self._display.heartbeat()
-            on_idle()
+            if self._ledger is not None:
+                self._ledger.beat(HEARTBEAT_SECONDS, self._record.last_step)
 
         run_child(
             stage,
@@ -152,9 +256,38 @@ class Stages:
             hang_seconds=hang_seconds,
         )
 
+    def _quiet_child(
+        self, stage: str, spec: BaseModel, *, allowed: tuple[str, ...], environ: Mapping[str, str] | None = None
+    ) -> None:
+        """One that the planner starts, perhaps in a thread beside the run's own."""
+
+        def note(event: Event) -> None:
+            if isinstance(event, Fetched):
+                self._record.add(event)
+
+        def idle() -> None:
+            if threading.current_thread() is threading.main_thread():
+                self._display.heartbeat()
+
+        run_child(
+            stage,
+            spec,
+            folder=self._work / "specs" / "planner",
+            environ={**child_environ(self._environ, self._secrets, allowed), **(environ or {})},
+            stop=self._stop,
+            grace_seconds=self._settings.keep.grace_seconds,
+            on_event=note,
+            on_idle=idle,
+        )
+
     def _on_event(self, event: Event) -> None:
         self._display.show(event)
         self._record.add(event)
+        if self._budget is not None:
+            self._budget.add(event)
+        if self._foresight is not None:
+            self._foresight.on_event(event)
+            self._record.follow(self._foresight.plan, self._foresight.reforecast, self._foresight.memory_factor)
         if self._training is not None:
             self._training.on_event(event)
 

@@ -13,8 +13,10 @@ from typing import Any
 from job.deliver.finish import ADAPTER
 from job.deliver.record import Record
 from job.display import Display
-from job.errors import DivergedError, JobError, NetworkError, PlanError, PreemptedError
-from job.events import Event, Failed, Saved, Stopped
+from job.errors import DivergedError, JobError, NetworkError, PlanError
+from job.events import Ended, Evaluated, Event, Failed, Saved, Stepped, Stopped
+from job.foresight import Foresight
+from job.keep.budget import Budget
 from job.keep.checkpoints import (
     CHECKPOINTS,
     MANIFEST,
@@ -26,21 +28,19 @@ from job.keep.checkpoints import (
     step_name,
     store_losses,
 )
-from job.keep.interval import DEFAULT_MEAN_SECONDS_BETWEEN_FAILURES, mean_seconds_between_failures, save_interval_seconds
+from job.keep.interval import learned_interval_seconds
 from job.keep.ledger import Ledger
 from job.keep.mirror import Mirror
 from job.keep.store import MissingError, Store
 from job.plan.forecast import Plan
-from job.plan.hardware import find_gpus, one_gpu
+from job.plan.hardware import find_devices, one_gpu
 from job.plan.retreat import MAX_ROLLBACKS, Fit, Rollback, leaner, roll_back
 from job.settings import Settings, result_fingerprint
-from job.supervise import LAST_SECONDS, ChildFailedError, StopRequest
+from job.stopping import LAST_SECONDS, StopRequest
+from job.supervise import ChildFailedError
 from job.train.spec import TrainSpec
 
-HEARTBEAT_SECONDS = 30.0
 MAX_HANGS = 1
-SAVE_SECONDS = 5.0
-"""What a save is taken to cost until one was measured: 250 MB of adapter and optimizer on a disk of 50 MB/s."""
 CPU_ENVIRON = {"TORCHDYNAMO_DISABLE": "1"}  # compiling for a CPU takes longer than it saves in the short runs one does there
 
 StartChild = Callable[..., None]
@@ -64,15 +64,18 @@ class Training:
         stop: StopRequest,
         record: Record,
         ledger: Ledger,
+        budget: Budget,
+        foresight: Foresight,
         start_child: StartChild,
     ) -> None:
         self._settings, self._store, self._work, self._environ = settings, store, work, environ
         self._display, self._stop, self._record, self._ledger = display, stop, record, ledger
-        self._start_child = start_child
+        self._budget, self._foresight, self._start_child = budget, foresight, start_child
         self._checkpoints = work / "checkpoints"
         self._mirror = self._new_mirror()
         self._rollback = self._learned_rollback()
-        self._num_hangs = 0
+        self._num_hangs = self._num_steps = 0
+        self._is_trained = False  # all steps are done: what is left is cheap, and is not lost to the budget
 
     def run(self, data_dir: Path, plan: Plan) -> None:
         """Train to the last step.
@@ -80,18 +83,21 @@ class Training:
         Raises:
             ChildFailedError: the trainer ended otherwise, and starting it again would not help.
         """
-        gpus = find_gpus(self._environ)
+        gpus = find_devices(self._environ)
         if not gpus:
             self._display.say("warning: no GPU found; training on the CPU is slow")
-        fit = self._first_fit(plan)
+        fit, self._num_steps = self._first_fit(plan), plan.num_steps
         while True:
             try:
                 self._start(data_dir, plan, fit, num_gpus=len(gpus))
                 break
             except ChildFailedError as failure:
+                if self._is_trained and failure.stopped is Stopped.BUDGET:  # asked for while it did the last step
+                    continue
                 self._raise_if_stopped(failure)
                 with self._stop.at_once():
                     fit = self._recover(failure, fit, has_gpu=bool(gpus))
+        self._stop.limit(None)
         with self._stop.at_once():
             self._ledger.record(last_step=self._record.last_step)
 
@@ -100,11 +106,21 @@ class Training:
             self._mirror.offer(event.step)
             if event.seconds > 0:
                 self._ledger.remember("save_seconds", event.seconds)
+            if uploads := list(self._mirror.seconds.values()):
+                self._ledger.remember("upload_seconds", max(uploads[-3:]))
+        if isinstance(event, (Stepped, Saved, Evaluated, Ended)):
+            self._watch_end(event.step)
 
     def confirm(self) -> None:
         """The newest checkpoint is in the store, or NetworkError."""
         left = max(0.0, self._stop.seconds_left(self._settings.keep.grace_seconds) - LAST_SECONDS)  # for record and report
-        self._mirror.finish(left, stopped=lambda: bool(self._stop.count))
+        self._mirror.finish(left, stopped=self._stop.is_asked)
+
+    def _watch_end(self, step: int) -> None:
+        """Lift the budget when nothing is left to train after this step: it is the last, or held-out losses rose for too long."""
+        patience = self._settings.train.early_stopping_patience
+        self._is_trained = step >= self._num_steps or (patience is not None and self._record.num_losses_since_best >= patience)
+        self._stop.limit(None if self._is_trained else self._budget)
 
     def _new_mirror(self) -> Mirror:
         return Mirror(
@@ -123,7 +139,11 @@ class Training:
         return Rollback.model_validate({name: value for name, value in learned.items() if name != "settings"})
 
     def _first_fit(self, plan: Plan) -> Fit:
-        planned = Fit(micro_batch=plan.micro_batch, gradient_accumulation_steps=plan.gradient_accumulation_steps)
+        planned = Fit(
+            micro_batch=plan.micro_batch,
+            gradient_accumulation_steps=plan.gradient_accumulation_steps,
+            activation_checkpointing=plan.activation_checkpointing,
+        )
         learned = self._ledger.learned("fit")
         if learned is None:
             return planned
@@ -144,11 +164,11 @@ class Training:
             if self._ledger.current.first_step is None:
                 self._ledger.record(first_step=first_step, last_step=first_step)
             self._record.rewind(first_step)
-        self._display.say(
-            f"plan: {plan.num_steps} steps of {fit.micro_batch} x {fit.gradient_accumulation_steps} examples, "
-            f"{plan.num_tokens:,} tokens" + (f"; continuing after step {first_step}" if first_step else "")
-        )
+            self._watch_end(first_step)
+        if first_step:
+            self._display.say(f"continuing after step {first_step} of {plan.num_steps}")
         shutil.rmtree(self._work / ADAPTER, ignore_errors=True)
+        self._foresight.begin(micro_batch=fit.micro_batch, activation_checkpointing=fit.activation_checkpointing)
         spec = TrainSpec(
             model=self._settings.model,
             lora=self._settings.lora,
@@ -163,7 +183,7 @@ class Training:
             micro_batch=fit.micro_batch,
             gradient_accumulation_steps=fit.gradient_accumulation_steps,
             num_steps=plan.num_steps,
-            save_interval_seconds=self._save_interval_seconds(),
+            save_interval_seconds=learned_interval_seconds(self._ledger) if keep.save_interval == "auto" else keep.save_interval,
             save_steps=keep.save_steps,
             expect_gpu=num_gpus > 0,
             is_shuffled=self._settings.data.order == "shuffle",
@@ -179,7 +199,6 @@ class Training:
             spec,
             allowed=tracker,
             environ={**device, "HF_HUB_OFFLINE": "1"},
-            on_idle=lambda: self._ledger.beat(HEARTBEAT_SECONDS, self._record.last_step or first_step),
             hang_seconds=keep.hang_seconds,
         )
 
@@ -193,21 +212,13 @@ class Training:
         except (MissingError, DamagedError) as error:
             self._tell(f"the checkpoint with the lowest held-out loss, of step {best}, is gone ({error})")
 
-    def _save_interval_seconds(self) -> float:
-        asked = self._settings.keep.save_interval
-        if asked != "auto":
-            return asked
-        cost = self._ledger.learned("save_seconds")
-        mean = mean_seconds_between_failures(self._ledger.attempts) or DEFAULT_MEAN_SECONDS_BETWEEN_FAILURES
-        return save_interval_seconds(float(cost) if isinstance(cost, (int, float)) else SAVE_SECONDS, mean)
-
     def _raise_if_stopped(self, failure: ChildFailedError) -> None:
-        """A run that would have gone on but for a signal is stopped, and not out of memory, diverged or hung."""
-        if not self._stop.count:
+        """A run that would have gone on but for a signal or the budget is stopped, and not out of memory, diverged or hung."""
+        if not self._stop.is_asked():
             return
         if failure.stopped in (Stopped.OUT_OF_MEMORY, Stopped.DIVERGED) or failure.has_hung:
-            error = PreemptedError(f"stopped by a signal; before it: {failure.error}")
-            raise ChildFailedError(error, Stopped.PREEMPTED, failed=failure.failed) from failure
+            error = self._stop.error(f"before it: {failure.error}")
+            raise ChildFailedError(error, self._stop.stopped, failed=failure.failed) from failure
         raise failure
 
     def _recover(self, failure: ChildFailedError, fit: Fit, *, has_gpu: bool) -> Fit:
@@ -226,7 +237,9 @@ class Training:
 
     def _retreat(self, failure: ChildFailedError, fit: Fit, *, has_gpu: bool) -> Fit:
         asked = self._settings.train.activation_checkpointing
-        is_checkpointing = fit.activation_checkpointing or asked is True or (asked == "auto" and has_gpu)
+        is_checkpointing = fit.activation_checkpointing
+        if is_checkpointing is None:
+            is_checkpointing = asked is True or (asked == "auto" and has_gpu)
         next_fit = leaner(fit, is_checkpointing=is_checkpointing, can_offload=has_gpu)
         if next_fit is None:
             max_length, rank = self._settings.data.max_length, self._settings.lora.lora_r

@@ -22,11 +22,11 @@ TEMPLATE = (
 )
 
 
-def write_tiny_model(folder: Path) -> Path:
-    """A Llama of two layers with random weights and a byte-level tokenizer."""
+def write_tiny_model(folder: Path, kind: str = "llama") -> Path:
+    """A Llama of two layers, or a Qwen2 of four, with random weights and a byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
@@ -41,11 +41,12 @@ def write_tiny_model(folder: Path) -> Path:
     )
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        kind,
         vocab_size=len(fast),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=2 if kind == "llama" else 4,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -53,7 +54,7 @@ def write_tiny_model(folder: Path) -> Path:
         pad_token_id=fast.pad_token_id,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
@@ -74,11 +75,27 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_conversations(tmp_path_factory.mktemp("data") / "conversations.jsonl", 64)
 
 
+_footprints: Path | None = None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def footprints(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Where all runs of a test session keep what tracing a model has found: it takes seconds, and most models are the same."""
+    global _footprints
+    base = tmp_path_factory.getbasetemp()
+    _footprints = (base.parent if hasattr(request.config, "workerinput") else base) / "footprints"
+    _footprints.mkdir(exist_ok=True)
+    return _footprints
+
+
 class Job:
     """Starts `python -m job` in a clean environment, with everything it writes below one folder."""
 
     def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
         self.folder = folder
+        if _footprints is not None and "WORK_DIR" not in settings:
+            (folder / "work").mkdir(parents=True, exist_ok=True)
+            (folder / "work/footprints").symlink_to(_footprints)
         self.settings = {"OUTPUT_URI": str(folder / "runs"), "RUN_ID": "r", "WORK_DIR": str(folder / "work"), **settings}
 
     def environ(self, **settings: str) -> dict[str, str]:

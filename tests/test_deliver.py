@@ -10,8 +10,8 @@ from job.deliver.card import write_card
 from job.deliver.report import Chosen, Report, count_actual, summarise
 from job.events import Sampled, Stopped
 from job.keep.ledger import Attempt
-from job.plan.forecast import forecast
-from job.settings import Settings, TrainSettings, read_settings
+from job.plan.forecast import Work, forecast
+from job.settings import ModelSettings, Settings, TrainSettings, read_settings
 
 
 def attempt(hours: float, price: float | None) -> Attempt:
@@ -84,6 +84,7 @@ def test_the_plan_counts_batches_and_steps(
     given: dict[str, float], num_examples: int, longest: int, expected: tuple[int, int, int]
 ) -> None:
     settings = TrainSettings.model_validate(given)
-    plan = forecast(settings, num_examples=num_examples, num_tokens=num_examples * 5, longest_tokens=longest)
+    work = Work(num_examples=num_examples, num_tokens=num_examples * 5, longest_tokens=longest)
+    plan = forecast(settings, ModelSettings(model_id="owner/model"), work)
     assert (plan.micro_batch, plan.gradient_accumulation_steps, plan.num_steps) == expected
     assert plan.effective_batch_size == plan.micro_batch * plan.gradient_accumulation_steps

@@ -33,7 +33,11 @@ NOWHERE = Path("/nowhere/at/all")
 """A folder without an env file."""
 
 SECRET_NAMES = [field.upper() for field in Secrets.model_fields]
-SETTING_NAMES = [name for name in known_names() if name not in ("RECIPE", "JOB_ENV_FILE") and not name.endswith("_FILE")]
+SETTING_NAMES = [
+    name
+    for name in known_names()
+    if name not in ("RECIPE", "JOB_ENV_FILE") and (not name.endswith("_FILE") or name == "GPU_PRICES_FILE")
+]
 
 BAD_VALUES: dict[str, tuple[str, ...]] = {
     "MODEL_ID": ("/nowhere/model", "a/b/c", "nowhere.gguf", "pkg:job/nowhere.gguf", "pkg:nowhere/model.gguf"),
@@ -105,6 +109,10 @@ BAD_VALUES: dict[str, tuple[str, ...]] = {
     "GRACE_SECONDS": ("0",),
     "HANG_SECONDS": ("0", "never"),
     "GPU_HOURLY_RATE": ("0", "free"),
+    "GPU_PRICES_FILE": ("/nowhere/prices.json",),
+    "MAX_COST_USD": ("0", "$30", "inf"),
+    "MAX_HOURS": ("0", "-1", "one day"),
+    "PUBLISH_ON_BUDGET": ("perhaps",),
     "HUB_MODEL_ID": ("name", "a/b/c"),
     "HUB_PRIVATE_REPO": ("perhaps",),
 }
@@ -566,6 +574,9 @@ def test_the_same_settings_are_the_same_run_whatever_layer_they_come_from(tmp_pa
         ("OUTPUT_URI", "s3://bucket/prefix"),
         ("SAVE_STEPS", "10"),
         ("GPU_HOURLY_RATE", "1.5"),
+        ("MAX_COST_USD", "30"),
+        ("MAX_HOURS", "12"),
+        ("PUBLISH_ON_BUDGET", "1"),
         ("HF_TOKEN", "planted"),
         ("PER_DEVICE_TRAIN_BATCH_SIZE", "4"),
         ("ACTIVATION_CHECKPOINTING", "1"),
