@@ -100,8 +100,13 @@ def dry_run(plant: Plant, *, num_processes: int = 1) -> Footprint:
     num_beside = strip(whole, plant.lora)
     del whole
     cuts, length = plan_cuts(kinds), _traced_length(plant.length, kinds)
+    # The largest first, so that no process ends long after the others. Recomputed layers keep their input, masked or not.
     tasks = [
-        Task(cut=cut, length=length, recomputes=r, is_padded=p) for cut in cuts for r in (False, True) for p in (False, True)
+        Task(cut=cut, length=length, recomputes=r, is_padded=p)
+        for cut in reversed(cuts)
+        for r in (False, True)
+        for p in (False, True)
+        if cut is cuts[0] or not (r and p)
     ]
     tasks += [Task(cut=cuts[0], length=length // 2, recomputes=r, is_padded=False) for r in (False, True)]
     found = dict(zip(tasks, _run(plant, tasks, num_processes), strict=True))
@@ -114,9 +119,9 @@ def dry_run(plant: Plant, *, num_processes: int = 1) -> Footprint:
         full, half = (passes[base, tokens, straight] for tokens in (length, length // 2))
         for is_padded in (False, True):
             name = body_name(is_padded=is_padded, activation_checkpointing=recomputes)
-            total = at_base = passes[base, length, name]
+            total, like = passes[base, length, name], straight if recomputes else name
             for cut in cuts[1:]:
-                total = total.plus(passes[cut, length, name], at_base, cut.more)
+                total = total.plus(passes[cut, length, like], passes[base, length, like], cut.more)
             bodies[name] = _body(total, full, half, length)
     in_base = sum(trained[base])
     head_peak, head_saved = plain_head(plant.dtype, text.vocab_size)
