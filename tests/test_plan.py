@@ -145,6 +145,20 @@ def test_parts_of_the_memory_add_up() -> None:
     assert len(parts) == 8 and sum(parts) == told["peak_bytes"] == memory.peak_bytes
 
 
+def test_a_formula_is_trusted_less_than_a_trace() -> None:
+    options: dict[str, Any] = {"rows": 1, "length": 2048, "activation_checkpointing": True, "optimizer": "adamw_8bit"}
+    coarse = footprint().model_copy(update={"method": "formula"})
+    for on_gpu in (True, False):
+        traced = estimate_memory(footprint(), on_gpu=on_gpu, **options)
+        formula = estimate_memory(coarse, on_gpu=on_gpu, **options)
+        assert formula.peak_bytes == traced.peak_bytes and formula.safe_peak_bytes > 1.02 * traced.safe_peak_bytes
+
+
+def test_an_estimate_that_may_be_off_by_more_than_itself_gives_no_negative_hours() -> None:
+    plan = plan_on("A40", work=WORK.model_copy(update={"error": 1.4, "basis": "estimated"}))
+    assert plan.training_seconds_low is not None and plan.training_seconds_low > 0
+
+
 def test_hours_and_dollars_are_a_range_that_grows_with_the_work() -> None:
     once = plan_on("A100 SXM 80GB", price=stated_price(2.0))
     thrice = plan_on("A100 SXM 80GB", price=stated_price(2.0), num_train_epochs=3)

@@ -60,7 +60,6 @@ class Circumstances(BaseModel):
     save_seconds: float = 5.0
     memory_factor: float = 1.0
     """By how much a measured step was above the estimate of what comes and goes."""
-    is_prepared: bool = False
 
 
 class Plan(BaseModel):
@@ -131,7 +130,7 @@ def forecast(
     if work.basis != "counted":
         assumptions.append(f"tokens are {work.basis}, {work.error:.0%} more or less")
     training = _training_seconds(layout, work, num_tokens, footprint, gpu, speed, model)
-    whole = training and training + _other_seconds(train, model, work, num_steps, footprint, around, training)
+    whole = training and training + _other_seconds(train, work, num_steps, footprint, around, training)
     if training and gpu:
         assumptions.append(
             f"speed {speed.source}" if speed else f"20-50% of {gpu.peak_flops / 1e12:.0f} TFLOP/s, as published runs reach"  # type: ignore[operator]
@@ -245,7 +244,7 @@ def _training_seconds(
     speed: Speed | None,
     model: ModelSettings,
 ) -> Range | None:
-    spread = Range(low=1 - work.error, high=1 + work.error)
+    spread = Range(low=max(1 - work.error, 0.1), high=1 + work.error)
     if speed is not None:
         seconds = measured_seconds(num_tokens, speed)
         return Range(low=seconds.low * spread.low, high=seconds.high * spread.high)
@@ -265,7 +264,6 @@ def _training_seconds(
 
 def _other_seconds(
     train: TrainSettings,
-    model: ModelSettings,
     work: Work,
     num_steps: int,
     footprint: Footprint | None,
@@ -277,7 +275,7 @@ def _other_seconds(
     parts.append(at_rates(around.download_bytes, DOWNLOAD_BYTES_PER_SECOND))
     if footprint:
         parts.append(at_rates(2.0 * footprint.num_parameters, LOAD_BYTES_PER_SECOND))
-    if not around.is_prepared:
+    if work.basis != "counted":
         parts.append(at_rates(work.num_tokens, PREPARED_TOKENS_PER_SECOND))
     parts.append(Range(low=around.save_seconds * around.num_saves, high=2 * around.save_seconds * around.num_saves))
     total_tokens = max(1.0, work.num_tokens * train.num_train_epochs)
