@@ -75,7 +75,7 @@ def print_quote(quote: Quote, settings: Settings, *, as_json: bool, redact: Call
     if as_json:
         print(redact(json.dumps(quote.as_json(), indent=1, ensure_ascii=False)))
     else:
-        _show(quote, settings)
+        _show(quote, settings, redact)
     _judge(quote, settings)
 
 
@@ -127,36 +127,34 @@ def make_quote(
     )
 
 
-def _show(quote: Quote, settings: Settings) -> None:
+def _show(quote: Quote, settings: Settings, redact: Callable[[str], str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    console.print(model_line(quote.model_id, quote.footprint), markup=False)
+
+    def say(text: str) -> None:
+        console.print(redact(text), markup=False)
+
+    say(model_line(quote.model_id, quote.footprint))
     if quote.work is None:
-        console.print(f"data not known, so neither hours nor dollars: {quote.why_unknown or 'nothing to go by'}", markup=False)
+        say(f"data not known, so neither hours nor dollars: {quote.why_unknown or 'nothing to go by'}")
     else:
         more = f", {quote.work.error:.0%} more or less" if quote.work.error else ""
-        console.print(
-            f"data: {quote.work.num_examples:,} examples with {quote.work.num_tokens:,} tokens ({quote.work.basis}{more})",
-            markup=False,
-        )
+        say(f"data: {quote.work.num_examples:,} examples with {quote.work.num_tokens:,} tokens ({quote.work.basis}{more})")
     micro = settings.train.per_device_train_batch_size
-    console.print(
-        f"memory at {1 if micro == 'auto' else micro} x {settings.data.max_length:,} tokens: {memory_line(quote.memory)}",
-        markup=False,
-    )
-    console.print()
+    say(f"memory at {1 if micro == 'auto' else micro} x {settings.data.max_length:,} tokens: {memory_line(quote.memory)}")
+    say("")
     width = console.width if console.is_terminal else WIDTH
     Console(highlight=False, width=width).print(offers_table(quote.offers))
-    console.print()
+    say("")
     best = next((offer for offer in quote.offers if offer.is_cheapest), None)
     if best is not None:
-        console.print(f"* the cheapest that fits: {best.name}; batch r: activations are recomputed", markup=False)
+        say(f"* the cheapest that fits: {best.name}; batch r: activations are recomputed")
     for kind, texts in (
         ("must be changed", quote.footprint.problems),
         ("advice", quote.advice),
         ("assumed", quote.assumptions),
     ):
         for text in texts:
-            console.print(f"{kind}: {text}", markup=False)
+            say(f"{kind}: {text}")
 
 
 def _judge(quote: Quote, settings: Settings) -> None:

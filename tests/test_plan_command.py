@@ -107,6 +107,14 @@ def test_the_users_rate_counts_for_the_gpu_that_is_named(tmp_path: Path, convers
     assert "safetensors" not in str(list((tmp_path / "work").rglob("*"))) and time.monotonic() - begun < 200
 
 
+def test_a_signed_address_is_not_told(tmp_path: Path, conversations: Path) -> None:
+    job = shaped(tmp_path, "Qwen--Qwen2.5-Coder-1.5B-Instruct", conversations)
+    signed = "http://127.0.0.1:9/rows.jsonl?X-Amz-Signature=0123456789abcdef0123"
+    for flags in ((), ("--json",)):
+        status, output = job.run("plan", "--gpu", "L4", *flags, DATASETS=signed)
+        assert status == 0 and "0123456789abcdef0123" not in output, output
+
+
 def test_flags_that_make_no_sense_are_refused_by_name(job: Job) -> None:
     for flags, named in ((("--gpu", "RTX 4099"), "did you mean RTX 409"), (("--num-gpus", "none"), "--num-gpus=none")):
         status, output = job.run("plan", *flags)
