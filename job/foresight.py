@@ -9,7 +9,7 @@ from job.events import Evaluated, Event, Loaded, Measured, Ordered, Saved, Stepp
 from job.keep.ledger import Ledger, least_cost_usd
 from job.plan.footprint import Footprint
 from job.plan.forecast import Plan
-from job.plan.memory import estimate_memory
+from job.plan.memory import MemoryEstimate, estimate_memory
 from job.plan.progress import Pace, Reforecast
 
 END_SECONDS = 3.0
@@ -94,27 +94,13 @@ class Foresight:
     def _take_measure(self, event: Measured) -> None:
         if self._footprint is None:
             return
-        memory = estimate_memory(
-            self._footprint,
-            rows=event.rows,
-            length=event.length,
-            activation_checkpointing=self._recomputes,
-            optimizer=self._optimizer,
-            on_gpu=self.plan.gpu is not None,
-        )
+        memory = self._estimate(self._footprint, event.rows, event.length)
         self.memory_factor = event.saved_bytes / max(memory.activations_bytes, 1)
         if event.peak_allocated_bytes is not None:
             coming = memory.activations_bytes + memory.logits_bytes + memory.transient_bytes
             steady = memory.peak_bytes - memory.reserved_bytes - coming
             self.memory_factor = max(event.peak_allocated_bytes - steady, 1) / max(coming, 1)
-        longest = estimate_memory(
-            self._footprint,
-            rows=self._rows,
-            length=self._longest,
-            activation_checkpointing=self._recomputes,
-            optimizer=self._optimizer,
-            on_gpu=self.plan.gpu is not None,
-        ).corrected(self.memory_factor)
+        longest = self._estimate(self._footprint, self._rows, self._longest).corrected(self.memory_factor)
         self._memory_bytes = longest.peak_bytes
         told = (
             f"the first micro-batch kept {event.saved_bytes / GIB:.3f} GiB for its backward pass, "
@@ -126,6 +112,16 @@ class Foresight:
                 f"warning: the longest examples may need up to {longest.safe_peak_bytes / GIB:.1f} GiB of "
                 f"{self.plan.memory_bytes / GIB:.1f}; if they do, the run goes on with smaller micro-batches"
             )
+
+    def _estimate(self, footprint: Footprint, rows: int, length: int) -> MemoryEstimate:
+        return estimate_memory(
+            footprint,
+            rows=rows,
+            length=length,
+            activation_checkpointing=self._recomputes,
+            optimizer=self._optimizer,
+            on_gpu=self.plan.gpu is not None,
+        )
 
     def _step(self, event: Stepped) -> None:
         self._pace.step(step=event.step, num_tokens=event.num_tokens, seconds=event.seconds)

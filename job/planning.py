@@ -12,6 +12,7 @@ import psutil
 from job.data.tally import Tally
 from job.display import Display
 from job.errors import BudgetError, PreemptedError, Problem, SettingsError
+from job.keep.ledger import Ledger
 from job.keep.store import Store
 from job.plan.footprint import Footprint
 from job.plan.forecast import Circumstances, Plan, Work, forecast
@@ -19,11 +20,15 @@ from job.plan.hardware import Device, Gpu, find_devices, gpu_of
 from job.plan.memory import checkpoint_bytes, optimizer_name
 from job.plan.price import Price, listed_price, runpod_price, stated_price
 from job.plan.refusals import check_cost, check_memory
+from job.plan.retreat import Fit
 from job.plan.show import GIB, plan_line
 from job.settings import Settings, is_hub_id
 from job.sizing import Sizes
 from job.speeds import learned_speed
 from job.supervise import ChildFailedError
+
+LAYOUT = "layout"
+"""The ledger's note of how steps are laid out: another machine continues with the same."""
 
 
 class Planner:
@@ -104,8 +109,11 @@ class Planner:
             basis="at most so many, with every example as long as MAX_LENGTH allows",
         )
 
-    def plan(self, work: Work | None) -> Plan:
+    def plan(self, work: Work | None, before: Fit | None = None) -> Plan:
         """The forecast for this machine; without `work` only memory is known.
+
+        Args:
+            before: how earlier attempts of the run laid their steps out.
 
         Raises:
             ChildFailedError: as `footprint_or_none`.
@@ -126,6 +134,7 @@ class Planner:
             price=self.price,
             speed=speed,
             circumstances=self.circumstances(footprint),
+            before=before,
         )
         if work is not None:
             return plan
@@ -138,6 +147,19 @@ class Planner:
             "cost_usd_high",
         )
         return plan.model_copy(update={**dict.fromkeys(unknown), "num_steps": 0, "num_tokens": 0})
+
+    def plan_run(self, tally: Tally, ledger: Ledger) -> Plan:
+        """The forecast of a run whose data are counted; it lays its steps out as the attempts before, where that fits.
+
+        Raises:
+            PlanError: it does not fit, or costs too much.
+            ChildFailedError, SettingsError: as `plan`.
+        """
+        before = ledger.learned(LAYOUT)
+        plan = self.plan(counted(tally), None if before is None else Fit.model_validate(before))
+        self.refuse(plan, longest=tally.longest_tokens, checks_cost=not ledger.past)  # later the budget itself decides
+        ledger.remember(LAYOUT, plan.fit.model_dump())
+        return plan
 
     def refuse(self, plan: Plan, *, longest: int, checks_cost: bool) -> None:
         """Raise a PlanError when the run does not fit into this machine, or into its budget."""

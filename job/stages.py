@@ -23,7 +23,7 @@ from job.keep.store import MissingError, Store, read_text, write_text
 from job.plan.forecast import Plan
 from job.plan.memory import optimizer_name
 from job.plan.show import plan_line
-from job.planning import Planner, counted
+from job.planning import Planner
 from job.prepared import is_same, locked
 from job.settings import Settings, data_fingerprint
 from job.sizing import Sizes
@@ -151,7 +151,7 @@ class Stages:
         tally = self._record.tally
         assert tally is not None and self._ledger is not None and self._budget is not None
         with self._stop.at_once():
-            plan = self._plan(tally)
+            plan = self._plan(tally, self._ledger)
         foresight = self._foresight = self._follow(plan, tally)
         self._training = Training(
             self._settings,
@@ -169,18 +169,13 @@ class Stages:
         self._training.run(data_dir, plan)
         self._remember_speed(foresight)
 
-    def _plan(self, tally: Tally) -> Plan:
-        """The forecast with counted data; without a footprint when the model could not even be looked at."""
-        plan = self._record.plan = self.planner.plan(counted(tally))
-        self.planner.refuse(plan, longest=tally.longest_tokens, checks_cost=self._is_first())
+    def _plan(self, tally: Tally, ledger: Ledger) -> Plan:
+        """The forecast with counted data; without memory and time when the model could not even be looked at."""
+        plan = self._record.plan = self.planner.plan_run(tally, ledger)
         self._display.say(plan_line(plan))
         for line in plan.assumptions:
             self._display.say(f"  {line}")
         return plan
-
-    def _is_first(self) -> bool:
-        """Whether nothing was spent yet: later the budget itself decides when to stop."""
-        return self._ledger is None or not self._ledger.past
 
     def plan_checks(self, *, is_first: bool) -> dict[str, Callable[[], str]]:
         """For the checks before a run: whether it fits into this machine's memory, and into the budget."""

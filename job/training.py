@@ -139,11 +139,7 @@ class Training:
         return Rollback.model_validate({name: value for name, value in learned.items() if name != "settings"})
 
     def _first_fit(self, plan: Plan) -> Fit:
-        planned = Fit(
-            micro_batch=plan.micro_batch,
-            gradient_accumulation_steps=plan.gradient_accumulation_steps,
-            activation_checkpointing=plan.activation_checkpointing,
-        )
+        planned = plan.fit
         learned = self._ledger.learned("fit")
         if learned is None:
             return planned

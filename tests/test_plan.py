@@ -119,7 +119,7 @@ def test_the_largest_micro_batch_that_fits_is_taken(
         memory = estimate_memory(shape, rows=rows, length=length, activation_checkpointing=recomputes, **options)
         return memory.safe_peak_bytes <= available
 
-    if layout is None:
+    if not layout.fits:
         assert not fits(1, checkpointing is not False)
         return
     assert layout.memory is not None and layout.memory.safe_peak_bytes <= available
@@ -128,6 +128,23 @@ def test_the_largest_micro_batch_that_fits_is_taken(
     assert not any(fits(size, layout.activation_checkpointing) for size in larger)
     if checkpointing is None and layout.activation_checkpointing:  # only where keeping them would leave less
         assert not fits(layout.micro_batch, False)
+
+
+def test_another_machine_continues_with_the_same_layout_if_it_has_the_memory() -> None:
+    """Another micro-batch draws other dropout masks: the adapter would not be that of the undisturbed run."""
+    begun = plan_on("RTX 4090").fit
+    large, small = find_gpu("B200"), find_gpu("RTX 3080 10GB")
+    assert large is not None and small is not None
+    alone, after = (
+        forecast(TrainSettings(), MODEL, WORK, footprint=footprint(), gpu=large, before=before) for before in (None, begun)
+    )
+    assert after.fit == begun != alone.fit
+    squeezed = forecast(TrainSettings(), MODEL, WORK, footprint=footprint(), gpu=small, before=begun)
+    assert squeezed.fits and squeezed.micro_batch < begun.micro_batch
+    asked = TrainSettings(per_device_train_batch_size=1)
+    assert forecast(asked, MODEL, WORK, footprint=footprint(), gpu=large, before=begun).micro_batch == 1
+    other = TrainSettings(effective_batch_size=8)
+    assert forecast(other, MODEL, WORK, footprint=footprint(), gpu=large, before=begun).effective_batch_size == 8
 
 
 def test_what_was_asked_for_is_never_changed() -> None:

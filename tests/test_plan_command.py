@@ -207,7 +207,7 @@ def test_a_pods_price_is_asked_of_runpod() -> None:
 )
 def test_a_price_that_runpod_does_not_tell_is_unknown_and_said_so(status: int, body: object, told: str) -> None:
     with runpod(status, body) as (address, _):
-        price, complaint = runpod_price({"RUNPOD_POD_ID": "p1", "RUNPOD_REST_URL": address, "RUNPOD_API_KEY": "rpa_secret"}, None)
+        price, complaint = runpod_price({"RUNPOD_POD_ID": "p1", "RUNPOD_REST_URL": address}, "rpa_secret")
     assert price is None and complaint is not None and told in complaint
     assert "rpa_secret" not in complaint
 

@@ -5,15 +5,18 @@ opened, measured or asked here.
 """
 
 import math
-from collections.abc import Iterator
+from functools import reduce
+from operator import add
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from job.plan.footprint import Footprint
 from job.plan.hardware import Gpu
-from job.plan.layout import CPU_TOKENS, Layout, choose_layout
-from job.plan.memory import MemoryEstimate, estimate_memory, optimizer_name
+from job.plan.layout import Layout, choose_layout, unweighed_layout
+from job.plan.memory import MemoryEstimate, optimizer_name
 from job.plan.price import Price
+from job.plan.retreat import Fit
 from job.plan.throughput import (
     DOWNLOAD_BYTES_PER_SECOND,
     END_SECONDS,
@@ -58,8 +61,6 @@ class Circumstances(BaseModel):
     disk_bytes: float = 0.0
     num_saves: int = 1
     save_seconds: float = 5.0
-    memory_factor: float = 1.0
-    """By how much a measured step was above the estimate of what comes and goes."""
 
 
 class Plan(BaseModel):
@@ -92,6 +93,15 @@ class Plan(BaseModel):
     price_source: str | None = None
     assumptions: list[str]
 
+    @property
+    def fit(self) -> Fit:
+        """How it lays a step out."""
+        return Fit(
+            micro_batch=self.micro_batch,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            activation_checkpointing=self.activation_checkpointing,
+        )
+
 
 def forecast(
     train: TrainSettings,
@@ -104,6 +114,7 @@ def forecast(
     price: Price | None = None,
     speed: Speed | None = None,
     circumstances: Circumstances | None = None,
+    before: Fit | None = None,
 ) -> Plan:
     """Plan the run on one machine.
 
@@ -113,11 +124,12 @@ def forecast(
         memory_bytes: what may be used of its memory; None for all of the GPU's.
         price: of the machine.
         speed: measured on this GPU with this model; takes the place of the range.
+        before: how earlier attempts of the run laid their steps out.
     """
     around = circumstances or Circumstances()
     effective, assumptions = _effective_batch(train, work)
     available = memory_bytes if memory_bytes is not None else gpu.memory_bytes if gpu else None
-    layout, fits = _layout(train, work, footprint, gpu, available, effective, around)
+    layout = _layout(train, work, footprint, gpu, available, effective, before)
     assumptions.append(f"micro-batch {layout.micro_batch} x {layout.gradient_accumulation_steps}: {layout.reason}")
     per_step = layout.micro_batch * layout.gradient_accumulation_steps
     steps_per_epoch = math.ceil(work.num_examples / per_step)
@@ -153,7 +165,7 @@ def forecast(
         memory=layout.memory,
         gpu=gpu.name if gpu else None,
         memory_bytes=available,
-        fits=fits,
+        fits=layout.fits,
         seconds_low=whole.low if whole else None,
         seconds_high=whole.high if whole else None,
         training_seconds_low=training.low if training else None,
@@ -186,53 +198,26 @@ def _layout(
     gpu: Gpu | None,
     available: int | None,
     effective: int,
-    around: Circumstances,
-) -> tuple[Layout, bool | None]:
-    """How to lay a step out, and whether it fits; where it does not, the smallest layout, to show by how much."""
+    before: Fit | None,
+) -> Layout:
+    """How to lay a step out: as the attempts before, where that fits and the user asks for nothing else."""
     asked = None if train.per_device_train_batch_size == "auto" else math.gcd(train.per_device_train_batch_size, effective)
     recomputes = None if train.activation_checkpointing == "auto" else train.activation_checkpointing
-    optimizer = optimizer_name(train, on_gpu=gpu is not None)
-    if footprint is None or available is None:
-        fitting = max(1, CPU_TOKENS // work.longest_tokens)
-        micro = asked or max(size for size in range(1, effective + 1) if effective % size == 0 and size <= fitting)
-        reason = f"the longest example has {work.longest_tokens} tokens"
-        return _fixed(micro, effective, recomputes is True, reason), None
-    layout = choose_layout(
-        footprint,
-        memory_bytes=available,
-        effective_batch=effective,
-        length=work.longest_tokens,
-        micro_batch=asked,
-        activation_checkpointing=recomputes,
-        optimizer=optimizer,
-        on_gpu=gpu is not None,
-        factor=around.memory_factor,
-    )
-    if layout is not None:
-        return layout, True
-    micro = asked or 1
-    recomputes = recomputes is not False
-    memory = estimate_memory(
-        footprint,
-        rows=micro,
-        length=work.longest_tokens,
-        activation_checkpointing=recomputes,
-        optimizer=optimizer,
-        on_gpu=gpu is not None,
-    ).corrected(around.memory_factor)
-    short = (memory.safe_peak_bytes - available) / 2**30
-    reason = f"does not fit, {short:.1f} GiB are missing"
-    return _fixed(micro, effective, recomputes, reason).model_copy(update={"memory": memory}), False
 
+    def lay_out(micro: int | None, checkpointing: bool | None) -> Layout:
+        options: dict[str, Any] = {"micro_batch": micro, "activation_checkpointing": checkpointing}
+        options |= {"effective_batch": effective, "length": work.longest_tokens}
+        if footprint is None or available is None:
+            return unweighed_layout(**options)
+        on_gpu = gpu is not None
+        optimizer = optimizer_name(train, on_gpu=on_gpu)
+        return choose_layout(footprint, memory_bytes=available, optimizer=optimizer, on_gpu=on_gpu, **options)
 
-def _fixed(micro: int, effective: int, recomputes: bool, reason: str) -> Layout:
-    return Layout(
-        micro_batch=micro,
-        gradient_accumulation_steps=-(-effective // micro),
-        activation_checkpointing=recomputes,
-        memory=None,
-        reason=reason,
-    )
+    if before is not None and before.micro_batch * before.gradient_accumulation_steps == effective:
+        same = lay_out(asked or before.micro_batch, before.activation_checkpointing if recomputes is None else recomputes)
+        if same.fits is not False:
+            return same if asked else same.model_copy(update={"reason": "as the attempts before: the run stays bitwise the same"})
+    return lay_out(asked, recomputes)
 
 
 def _training_seconds(
@@ -281,11 +266,4 @@ def _other_seconds(
     total_tokens = max(1.0, work.num_tokens * train.num_train_epochs)
     num_evaluations = 2 + (num_steps // train.eval_steps if train.eval_steps else 0)
     parts.append(training.times(num_evaluations * work.num_eval_tokens / total_tokens / 3))  # forward only: a third of a step
-    return _sum(iter(parts))
-
-
-def _sum(parts: Iterator[Range]) -> Range:
-    total = next(parts)
-    for part in parts:
-        total = total + part
-    return total
+    return reduce(add, parts)

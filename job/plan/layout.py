@@ -21,6 +21,8 @@ class Layout(BaseModel):
     activation_checkpointing: bool
     memory: MemoryEstimate | None
     """None without a footprint."""
+    fits: bool | None
+    """None without a footprint."""
     reason: str
 
 
@@ -34,9 +36,8 @@ def choose_layout(
     activation_checkpointing: bool | None,
     optimizer: str,
     on_gpu: bool,
-    factor: float = 1.0,
-) -> Layout | None:
-    """The layout to train with; None when nothing fits.
+) -> Layout:
+    """The layout to train with; where nothing fits, the leanest that may be chosen, to show by how much.
 
     Of what fits by the safe estimate the largest micro-batch is taken. Activations are kept when that leaves a micro-batch
     that keeps the GPU busy, because recomputing them costs a third of the time; else they are recomputed.
@@ -47,40 +48,62 @@ def choose_layout(
         length: tokens of the longest example.
         micro_batch: what the user asked for; None to choose.
         activation_checkpointing: what the user asked for; None to choose.
-        factor: by how much a measured step was above the estimate of what is uncertain.
     """
-    sizes = [micro_batch] if micro_batch else [size for size in range(effective_batch, 0, -1) if effective_batch % size == 0]
+    sizes = [micro_batch] if micro_batch else _divisors(effective_batch)
     if not on_gpu and not micro_batch:
         sizes = [size for size in sizes if size * length <= CPU_TOKENS] or [1]
 
-    def largest(recomputes: bool) -> tuple[int, MemoryEstimate] | None:
-        for size in sizes:
-            estimate = estimate_memory(
-                footprint, rows=size, length=length, activation_checkpointing=recomputes, optimizer=optimizer, on_gpu=on_gpu
-            ).corrected(factor)
-            if estimate.safe_peak_bytes <= memory_bytes:
-                return size, estimate
-        return None
-
-    def layout(found: tuple[int, MemoryEstimate], recomputes: bool, reason: str) -> Layout:
-        size, memory = found
+    def layout(size: int, recomputes: bool, reason: str = "") -> Layout:
+        memory = estimate_memory(
+            footprint, rows=size, length=length, activation_checkpointing=recomputes, optimizer=optimizer, on_gpu=on_gpu
+        )
         return Layout(
             micro_batch=size,
             gradient_accumulation_steps=-(-effective_batch // size),
             activation_checkpointing=recomputes,
             memory=memory,
+            fits=memory.safe_peak_bytes <= memory_bytes,
             reason=reason,
         )
 
+    def largest(recomputes: bool) -> Layout:
+        """The largest that fits, else the smallest."""
+        found = (layout(size, recomputes) for size in sizes)
+        return next((one for one in found if one.fits), None) or layout(sizes[-1], recomputes)
+
     if activation_checkpointing is not None:
-        asked = largest(activation_checkpointing)
         word = "recomputed" if activation_checkpointing else "kept"
-        return layout(asked, activation_checkpointing, f"activations {word}, as ACTIVATION_CHECKPOINTING says") if asked else None
-    kept, recomputed = largest(False), largest(True)
-    enough = min(FULL_TOKENS, sizes[0] * length)
-    if kept and (kept[0] * length >= enough or not recomputed or recomputed[0] == kept[0]):
-        return layout(kept, False, "activations kept: there is memory for them, and recomputing costs a third more")
-    if recomputed:
-        why = "do not fit even for one example" if not kept else f"would leave room for a micro-batch of {kept[0]} only"
-        return layout(recomputed, True, f"activations recomputed: kept ones {why}")
-    return None
+        chosen, reason = largest(activation_checkpointing), f"activations {word}, as ACTIVATION_CHECKPOINTING says"
+    else:
+        kept, recomputed = largest(False), largest(True)
+        enough = min(FULL_TOKENS, sizes[0] * length)
+        is_enough = kept.micro_batch * length >= enough or kept.micro_batch == recomputed.micro_batch
+        if kept.fits and (is_enough or not recomputed.fits):
+            chosen, reason = kept, "activations kept: there is memory for them, and recomputing costs a third more"
+        else:
+            room = f"would leave room for a micro-batch of {kept.micro_batch} only" if kept.fits else "do not fit"
+            chosen, reason = recomputed, f"activations recomputed: kept ones {room}"
+    if not chosen.fits and chosen.memory is not None:
+        reason = f"does not fit, {(chosen.memory.safe_peak_bytes - memory_bytes) / 2**30:.1f} GiB are missing"
+    return chosen.model_copy(update={"reason": reason})
+
+
+def unweighed_layout(
+    *, effective_batch: int, length: int, micro_batch: int | None, activation_checkpointing: bool | None
+) -> Layout:
+    """Without a footprint: one long example at a time, or several short ones, which fits wherever the model does."""
+    fitting = max(1, CPU_TOKENS // length)
+    size = micro_batch or next(size for size in _divisors(effective_batch) if size <= fitting)
+    return Layout(
+        micro_batch=size,
+        gradient_accumulation_steps=-(-effective_batch // size),
+        activation_checkpointing=activation_checkpointing is True,
+        memory=None,
+        fits=None,
+        reason=f"the longest example has {length} tokens",
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    """The largest first."""
+    return [size for size in range(number, 0, -1) if number % size == 0]

@@ -118,6 +118,12 @@ def estimate_memory(
     )
 
 
+def memory_alone(footprint: Footprint, train: TrainSettings, *, length: int) -> MemoryEstimate:
+    """The least that a GPU needs: one example at a time, activations recomputed."""
+    optimizer = optimizer_name(train, on_gpu=True)
+    return estimate_memory(footprint, rows=1, length=length, activation_checkpointing=True, optimizer=optimizer, on_gpu=True)
+
+
 def optimizer_name(train: TrainSettings, *, on_gpu: bool) -> str:
     """The optimizer that OPTIM stands for."""
     if train.optim != "auto":

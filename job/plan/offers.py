@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from job.plan.footprint import Footprint
 from job.plan.forecast import Circumstances, Plan, Work, forecast
 from job.plan.hardware import OLDEST_CAPABILITY, Gpu
-from job.plan.memory import MemoryEstimate, estimate_memory, optimizer_name
+from job.plan.memory import MemoryEstimate, estimate_memory, memory_alone, optimizer_name
 from job.plan.price import Price
 from job.plan.throughput import Speed
 from job.settings import ModelSettings, TrainSettings
@@ -77,19 +77,9 @@ def memory_as_set(train: TrainSettings, footprint: Footprint, *, length: int, on
 def longest_that_fits(train: TrainSettings, footprint: Footprint, gpu: Gpu, *, below: int) -> int | None:
     """The longest example, in steps of 64 tokens, that fits alone with activations recomputed; None when none does."""
 
-    def fits(length: int) -> bool:
-        memory = estimate_memory(
-            footprint,
-            rows=1,
-            length=length,
-            activation_checkpointing=True,
-            optimizer=optimizer_name(train, on_gpu=True),
-            on_gpu=True,
-        )
-        return memory.safe_peak_bytes <= gpu.memory_bytes
-
-    lengths = [length for length in range(64, below, 64) if fits(length)]
-    return lengths[-1] if lengths else None
+    lengths = range(64, below, 64)
+    fitting = [one for one in lengths if memory_alone(footprint, train, length=one).safe_peak_bytes <= gpu.memory_bytes]
+    return fitting[-1] if fitting else None
 
 
 def _offer(

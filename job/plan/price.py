@@ -102,16 +102,16 @@ def runpod_price(environ: Mapping[str, str], api_key: str | None) -> tuple[Price
 
     A pod's own key may be refused (reported in 2026); a key of the user's is not. (None, None) when this is no pod.
     """
-    pod, key = environ.get("RUNPOD_POD_ID"), api_key or environ.get("RUNPOD_API_KEY")
+    pod = environ.get("RUNPOD_POD_ID")
     if not pod:
         return None, None
-    if not key:
+    if not api_key:
         return None, "RunPod's price of this pod is not known: there is no RUNPOD_API_KEY"
     import requests  # a tenth of a second, and only here
 
     address = f"{environ.get('RUNPOD_REST_URL', RUNPOD_API).rstrip('/')}/pods/{pod}"
     try:
-        answer = requests.get(address, headers={"Authorization": f"Bearer {key}"}, timeout=RUNPOD_SECONDS)
+        answer = requests.get(address, headers={"Authorization": f"Bearer {api_key}"}, timeout=RUNPOD_SECONDS)
         if answer.status_code in (401, 403):
             return None, f"RunPod refuses this RUNPOD_API_KEY the price of the pod ({answer.status_code}); set GPU_HOURLY_RATE"
         answer.raise_for_status()

@@ -4,7 +4,7 @@ from job.errors import PlanError
 from job.plan.footprint import Footprint
 from job.plan.forecast import Plan
 from job.plan.hardware import OLDEST_CAPABILITY, known_gpus
-from job.plan.memory import estimate_memory, optimizer_name
+from job.plan.memory import memory_alone
 from job.plan.price import listed_price
 from job.settings import BudgetSettings, TrainSettings
 
@@ -54,14 +54,7 @@ def _hours(plan: Plan) -> str:
 
 def _cheapest_that_fits(train: TrainSettings, footprint: Footprint, longest: int) -> str | None:
     """A GPU with more memory, with its price."""
-    memory = estimate_memory(
-        footprint,
-        rows=1,
-        length=longest,
-        activation_checkpointing=True,
-        optimizer=optimizer_name(train, on_gpu=True),
-        on_gpu=True,
-    )
+    memory = memory_alone(footprint, train, length=longest)
     fitting = [
         (price.usd_per_hour, gpu)
         for gpu in known_gpus()
