@@ -6,7 +6,7 @@ Long work is never silent for more than 15 seconds.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -14,24 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from job.events import Evaluated, Event, Loaded, Sampled, Saved, Stepped, Warned
+from job.events import Answered, Evaluated, Event, Loaded, Saved, Stepped, Warned
 from job.events import Progress as Doing
 
 QUIET_SECONDS = 15.0
 LOG_WIDTH = 130
 """Columns of a table where there is no terminal that would say its width."""
-
-
-def redactor(secrets: Iterable[str]) -> Callable[[str], str]:
-    """A function that blots out each secret in a text."""
-    known = sorted((secret for secret in secrets if len(secret) >= 4), key=len, reverse=True)
-
-    def redact(text: str) -> str:
-        for secret in known:
-            text = text.replace(secret, "***")
-        return text
-
-    return redact
 
 
 class Display:
@@ -104,7 +92,6 @@ class Display:
                     f"model loaded on {event.device} in {event.dtype}: {event.num_parameters:,} parameters, "
                     f"{event.num_trainable:,} trained ({share:.2%})"
                 )
-                self.stage("training")
             case Stepped():
                 self._show_step(event)
             case Evaluated():
@@ -112,7 +99,7 @@ class Display:
             case Saved():
                 self._doing_since = time.monotonic()
                 self.say(f"step {event.step}: checkpoint saved")
-            case Sampled():
+            case Answered():
                 pass  # the summary at the end shows them side by side
 
     def heartbeat(self) -> None:

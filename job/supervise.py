@@ -19,10 +19,15 @@ from pydantic import BaseModel
 
 from job.errors import JobError, MachineError, error_for_status
 from job.events import EVENTS_FD, Ended, Event, Failed, Stopped, read_events
+from job.redaction import redact_model
 from job.stopping import StopRequest
+from job.train.trackers import CREDENTIALS
 
 STACKS_SECONDS = 2.0
 """How long a process that hangs may take to write its stacks."""
+
+OUTPUT_SECONDS = 2.0
+"""How long the last lines of a child are waited for: a process that it left behind may hold the pipe open."""
 
 SECRET_NAMES = (
     "HF_TOKEN",
@@ -31,6 +36,8 @@ SECRET_NAMES = (
     "AWS_SESSION_TOKEN",
     "RUNPOD_API_KEY",
     "WANDB_API_KEY",
+    "WEBHOOK_URL",
+    *CREDENTIALS,
 )
 
 QUIET = {
@@ -75,6 +82,8 @@ def run_child(
     grace_seconds: float,
     on_event: Callable[[Event], None],
     on_idle: Callable[[], None],
+    redact: Callable[[str], str] = str,
+    on_output: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     hang_seconds: float | None = None,
 ) -> None:
     """Run a stage in a process of its own until it ends.
@@ -87,6 +96,8 @@ def run_child(
         grace_seconds: how long a stopping child may take before it is killed.
         on_event: called in this thread with each event.
         on_idle: called about once a second.
+        redact: applied to all texts of its events, whatever a library put into them.
+        on_output: called in a thread with each line that the child prints, tracebacks too.
         hang_seconds: without an event for so long, the child writes down its stacks (SIGUSR1) and is killed.
 
     Raises:
@@ -100,19 +111,21 @@ def run_child(
         [sys.executable, "-m", "job.child", stage, str(spec_file)],
         env={**environ, EVENTS_FD: str(writer)},
         stdin=subprocess.PIPE,
-        stdout=sys.stderr,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         pass_fds=(writer,),
         process_group=0,  # a Ctrl-C at the terminal reaches us alone, and we pass it on
     )
     os.close(writer)
+    printed = _pass_on(process, on_output)
     last: Event | None = None
     is_stopping = False
     heard_at, has_hung, kills_before = time.monotonic(), False, _num_oom_kills()
     try:
         for event in _Events(reader):
             if event is not None:
-                last, heard_at = event, time.monotonic()
-                on_event(event)
+                last, heard_at = redact_model(event, redact), time.monotonic()
+                on_event(last)
             if hang_seconds is not None and not has_hung and time.monotonic() - heard_at > hang_seconds:
                 has_hung = True
                 process.send_signal(signal.SIGUSR1)
@@ -129,10 +142,25 @@ def run_child(
         if process.poll() is None:
             process.kill()
             process.wait()
+        printed.join(OUTPUT_SECONDS)
     if has_hung and not isinstance(last, (Ended, Failed)):
         message = f"HANG_SECONDS={hang_seconds:g}: the {stage} process was silent for longer and was killed"
         raise ChildFailedError(MachineError(message), Stopped.CRASHED, has_hung=True)
     _judge(stage, status, last, stop, is_stopping=is_stopping, out_of_host_memory=_num_oom_kills() > kills_before)
+
+
+def _pass_on(process: "subprocess.Popen[bytes]", on_output: Callable[[str], None]) -> threading.Thread:
+    """Read what the child prints, until it and its children have closed their end."""
+
+    def read() -> None:
+        assert process.stdout is not None
+        with process.stdout as lines:
+            for line in lines:
+                on_output(line.decode("utf-8", "replace").rstrip("\r\n"))
+
+    thread = threading.Thread(target=read, name="output", daemon=True)
+    thread.start()
+    return thread
 
 
 def _num_oom_kills() -> int:

@@ -194,7 +194,7 @@ class Unlucky:
     """A store whose first uploads end with errors that nobody thought of."""
 
     def __init__(self, store: Store, errors: list[Exception]) -> None:
-        self._store, self._errors, self.uri = store, errors, store.uri
+        self._store, self._errors, self.uri, self.redact = store, errors, store.uri, store.redact
 
     def put(self, path: Path, name: str) -> None:
         if self._errors:

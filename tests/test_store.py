@@ -534,7 +534,9 @@ def test_a_store_that_works_passes_and_keeps_nothing(store: Store, tmp_path: Pat
 
 def test_a_store_that_forgets_is_refused(tmp_path: Path) -> None:
     class Forgetful:
-        uri = "forgetful"
+        def __init__(self) -> None:
+            self.uri = "forgetful"
+            self.redact: Callable[[str], str] = str
 
         def put(self, path: Path, name: str) -> None:
             pass

@@ -31,7 +31,7 @@ from job.data.tokens import Tokenizer, Tokens, show_learned
 from job.data.workers import Task, Workers
 from job.data.write import write_set
 from job.errors import DataError
-from job.settings import DatasetSpec, DataSettings
+from job.settings import DatasetSpec, DataSettings, distinct_labels
 
 ReportProgress = Callable[[str, int], None]
 SHARDS = "shards"
@@ -41,10 +41,10 @@ _REPORT_SECONDS = 2.0
 class _Input:
     """One data set with its shape."""
 
-    def __init__(self, spec: DatasetSpec, cache_dir: Path, *, is_held_out: bool) -> None:
+    def __init__(self, spec: DatasetSpec, label: str, cache_dir: Path, *, is_held_out: bool) -> None:
         self.source: Source = open_source(spec, cache_dir)
-        self.spec, self.is_held_out = spec, is_held_out
-        self.rows = SourceRows(source=str(spec), layout=find_layout(spec, self.source.chunks()))
+        self.spec, self.label, self.is_held_out = spec, label, is_held_out
+        self.rows = SourceRows(source=label, layout=find_layout(spec, self.source.chunks()))
 
 
 def prepare(
@@ -79,9 +79,10 @@ def prepare(
         workers = stack.enter_context(Workers(sharder, num_processes, progress.tell))
         specs = [*((spec, True) for spec in settings.eval_datasets), *((spec, False) for spec in settings.datasets)]
         inputs = []
-        for spec, is_held_out in specs:
-            report_progress(f"opening {spec}", 0)
-            inputs.append(_Input(spec, cache_dir, is_held_out=is_held_out))
+        labels = distinct_labels(spec for spec, _ in specs)
+        for (spec, is_held_out), label in zip(specs, labels, strict=True):
+            report_progress(f"opening {label}", 0)
+            inputs.append(_Input(spec, label, cache_dir, is_held_out=is_held_out))
         merger = Merger(dedup=settings.dedup, decode=_decoder(tokenizer), dropped_file=dropped_file)
         _merge(inputs, settings, workers, merger, folder / SHARDS, progress)
         _refuse_unlearned(merger.sources, settings)
@@ -99,7 +100,7 @@ def _merge(
     limits = quotas([one.spec.weight for one in trained], settings.max_samples) if interleaved else []
     num_samples = num_tokens = 0
     for number, one in enumerate(inputs):
-        state = SourceState(name=str(one.spec), held_out=one.is_held_out)
+        state = SourceState(name=one.label, held_out=one.is_held_out)
         if not one.is_held_out and interleaved:
             # The shares of tokens follow from those of rows, which are known at the end: any source may need them all.
             state.max_samples, state.max_tokens = limits[trained.index(one)], settings.max_tokens

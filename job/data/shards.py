@@ -31,7 +31,7 @@ NUM_SAMPLES = 10
 SAMPLE_CHARACTERS = 600
 LANGUAGE_SAMPLE = 20
 """One row in so many is judged for the report's histogram when LANGUAGE is not set."""
-VERSION = 1  # rensa 0.5.0
+VERSION = 2  # rensa 0.5.0
 """Raise it when the same chunk would give another shard."""
 _MERGING = {
     *("datasets", "eval_datasets", "dedup", "mix", "max_samples", "max_tokens", "min_samples", "max_unlearned"),

@@ -11,7 +11,7 @@ TALLY, DROPPED = "tally.json", "dropped.jsonl"
 class Sample(BaseModel):
     """One dropped row, to look at."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     row: int
     text: str
@@ -20,7 +20,7 @@ class Sample(BaseModel):
 class Stretch(BaseModel):
     """Part of an example's text as the model sees it; learned or only read."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     text: str
     learned: bool
@@ -29,7 +29,7 @@ class Stretch(BaseModel):
 class SourceTally(BaseModel):
     """What became of the rows of one data set."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     source: str
     shape: str
@@ -55,7 +55,7 @@ class SourceTally(BaseModel):
 class Tally(BaseModel):
     """What became of every row; `tally.json`."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     sources: list[SourceTally]
     num_train: int
@@ -71,7 +71,7 @@ class Tally(BaseModel):
 class Estimate(BaseModel):
     """What preparation will probably make, from the first rows of each source."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     num_examples: int
     num_tokens: int

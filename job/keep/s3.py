@@ -48,7 +48,9 @@ class S3Store:
         transfer: Transfer | None = None,
         client: Any = None,
         is_own: bool = False,
+        redact: Callable[[str], str] = str,
     ) -> None:
+        self.redact = redact
         self._bucket = bucket
         self._prefix = prefix.rstrip("/") + "/" if prefix else ""
         self._credentials = credentials
@@ -60,13 +62,19 @@ class S3Store:
 
     def within(self, folder: str) -> "S3Store":
         return S3Store(
-            self._bucket, self._prefix + folder, self._credentials, transfer=self._transfer, client=self._client, is_own=True
+            self._bucket,
+            self._prefix + folder,
+            self._credentials,
+            transfer=self._transfer,
+            client=self._client,
+            is_own=True,
+            redact=self.redact,
         )
 
     def hurried(self, on_date: Callable[[str | None], None]) -> "S3Store":
         """For a first look: gives up after one more try, and tells the `Date` of each answer."""
         transfer = Transfer(num_attempts=2, timeout_seconds=10.0, connect_seconds=5.0)
-        store = S3Store(self._bucket, self._prefix, self._credentials, transfer=transfer)
+        store = S3Store(self._bucket, self._prefix, self._credentials, transfer=transfer, redact=self.redact)
         events = store._client.meta.events
         events.register("after-call.s3", lambda http_response, **_: on_date(http_response.headers.get("date")))
         return store

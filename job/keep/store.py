@@ -31,6 +31,8 @@ class Store(Protocol):
     """
 
     uri: str
+    redact: Callable[[str], str]
+    """What every text passes before it is put; files go as they are."""
 
     def put(self, path: Path, name: str) -> None:
         """Copy a local file into the store; afterwards `name` holds all of it or what it held before.
@@ -48,25 +50,26 @@ class Store(Protocol):
         """Remove a file; removing a missing one is no error."""
 
 
-def open_store(uri: str, *, credentials: dict[str, str] | None = None) -> Store:
+def open_store(uri: str, *, credentials: dict[str, str] | None = None, redact: Callable[[str], str] = str) -> Store:
     """The store at a folder or `s3://bucket/prefix`; nothing is contacted yet.
 
     Args:
         uri: OUTPUT_URI.
         credentials: keyword arguments for boto3 (aws_access_key_id, ...); without them boto3 looks in its usual places.
+        redact: applied to every text that is put.
     """
     if uri.startswith("s3://"):
         from job.keep.s3 import S3Store
 
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-        return S3Store(bucket, prefix, credentials or {})
-    return FolderStore(Path(uri).expanduser().absolute())
+        return S3Store(bucket, prefix, credentials or {}, redact=redact)
+    return FolderStore(Path(uri).expanduser().absolute(), redact=redact)
 
 
 def within(store: Store, folder: str) -> Store:
     """The same store seen from one of its folders, which belongs to one writer: what a killed one left half-written goes."""
     if isinstance(store, FolderStore):
-        return FolderStore(store.root / folder, is_own=True)
+        return FolderStore(store.root / folder, is_own=True, redact=store.redact)
     from job.keep.s3 import S3Store
 
     assert isinstance(store, S3Store)
@@ -116,7 +119,7 @@ def read_json_lines(store: Store, name: str, scratch: Path) -> tuple[list[dict[s
 def write_text(store: Store, name: str, text: str, scratch: Path) -> None:
     """Put a small text file."""
     with _scratch_file(scratch) as path:
-        path.write_text(text, "utf-8")
+        path.write_text(store.redact(text), "utf-8")
         store.put(path, name)
 
 
@@ -153,8 +156,8 @@ class FolderStore:
     _DEAD_SECONDS = 600.0
     """A half-written file that nothing was added to for so long is from a process that was killed."""
 
-    def __init__(self, root: Path, *, is_own: bool = False) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, is_own: bool = False, redact: Callable[[str], str] = str) -> None:
+        self.root, self.redact = root, redact
         self.uri = str(root)
         self._has_left_over = is_own
 

@@ -4,6 +4,7 @@ Nothing is opened here: local paths are only asked whether they exist, and folde
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from enum import StrEnum
@@ -75,6 +76,16 @@ def parse_split(text: str) -> tuple[SplitPart, ...]:
 def split_list(text: str) -> list[str]:
     """Split on commas and line ends; blanks around an entry and empty entries are dropped."""
     return [entry for part in re.split(r"[,\n]", text) if (entry := part.strip())]
+
+
+def distinct_labels(specs: "Iterable[DatasetSpec]") -> list[str]:
+    """The label of each data set; a second one of the same name gets a number."""
+    seen: Counter[str] = Counter()
+    labels = []
+    for spec in specs:
+        seen[spec.label] += 1
+        labels.append(spec.label if seen[spec.label] == 1 else f"{spec.label} ({seen[spec.label]})")
+    return labels
 
 
 def data_suffixes(where: str) -> tuple[str | None, str | None]:
@@ -230,6 +241,17 @@ class DatasetSpec(BaseModel):
             return set()
         written = [pair.partition("=")[2] for pair in self.where.partition("?")[2].split("&")]
         return {value for text in written for value in (text, unquote_plus(text)) if len(value) >= MIN_SIGNATURE}
+
+    @property
+    def label(self) -> str:
+        """What it is called in everything that is written down: no folder of this machine, no parameters of an address."""
+        if self.kind is Where.LOCAL:
+            shown = Path(self.where).expanduser().absolute().name
+        elif self.kind is Where.HTTP:
+            shown = self.where.partition("?")[0]
+        else:
+            return str(self)
+        return str(self.model_copy(update={"where": shown}))
 
     def _check_exists(self) -> None:
         if self.kind is Where.HUB:
