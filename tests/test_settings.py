@@ -115,6 +115,16 @@ BAD_VALUES: dict[str, tuple[str, ...]] = {
     "PUBLISH_ON_BUDGET": ("perhaps",),
     "HUB_MODEL_ID": ("name", "a/b/c"),
     "HUB_PRIVATE_REPO": ("perhaps",),
+    "PUBLISH_MERGED": ("perhaps",),
+    "HUB_MERGED_MODEL_ID": ("name", "a/b/c"),
+    "REPORT_TO": ("wandbb", "all", "wandb,excel"),
+    "SELECT_BY": ("loss", "best"),
+    "EVAL_SCORER": ("bleu",),
+    "EVAL_PROMPTS": ("nowhere.jsonl", "/nowhere/prompts.txt"),
+    "EVAL_MAX_NEW_TOKENS": ("0", "8193"),
+    "ON_FINISH": ("halt", "shutdown"),
+    "FAIL_GRACE_MINUTES": ("-1", "soon"),
+    "WEBHOOK_URL": ("hooks.slack.com/x", "ftp://h/x", "https://"),
 }
 # Values that are wrong only beside other settings, here beside their defaults.
 BAD_TOGETHER = {
@@ -122,6 +132,8 @@ BAD_TOGETHER = {
     "EARLY_STOPPING_PATIENCE": "2",
     "PER_DEVICE_TRAIN_BATCH_SIZE": "3",
     "GRADIENT_ACCUMULATION_STEPS": "2",
+    "SELECT_BY": "score",
+    "HUB_MERGED_MODEL_ID": "me/merged",
 }
 WITHOUT_RULE = {
     "MODEL_REVISION",
@@ -129,10 +141,9 @@ WITHOUT_RULE = {
     "SYSTEM_PROMPT",
     "LANGUAGE",
     "OPTIM",
-    "EVAL_PROMPTS",
     "WORK_DIR",
     "HUB_REVISION",
-    *SECRET_NAMES,
+    *(name for name in SECRET_NAMES if name != "WEBHOOK_URL"),
 }
 
 
@@ -307,7 +318,7 @@ def test_every_setting_has_bad_values_or_is_known_to_take_anything() -> None:
 def test_one_bad_value_names_its_setting_and_nothing_else(name: str, value: str) -> None:
     error = problems_of(NEEDED | {name: value})
     assert names_in(error) == [name]
-    assert f"{name}={value}" in str(error)
+    assert f"{name}={'***' if name in SECRET_NAMES else value}" in str(error)
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_TOGETHER.items())
@@ -345,6 +356,11 @@ def test_a_lower_case_name_in_an_env_file_is_a_problem_with_a_suggestion(tmp_pat
 tokens = st.from_regex(r"planted[A-Za-z0-9]{12,40}", fullmatch=True)
 
 
+def secret_of(name: str, token: str) -> str:
+    """A value that this secret may have."""
+    return f"https://host/{token}" if name == "WEBHOOK_URL" else token
+
+
 def test_a_secret_is_read_from_its_file_without_the_line_end(tmp_path: Path) -> None:
     path = write_env_file(tmp_path, "hf_planted\n", "token")
     token = settings_of(HF_TOKEN_FILE=path).secrets.hf_token
@@ -376,7 +392,7 @@ def test_a_secret_file_that_is_a_folder_or_not_text_is_a_problem(tmp_path: Path)
 @pytest.mark.parametrize("name", SECRET_NAMES)
 def test_a_secret_and_its_file_in_one_layer_are_a_problem(tmp_path: Path, name: str) -> None:
     path = write_env_file(tmp_path, "planted-in-file", "secret")
-    error = problems_of(NEEDED | {name: "planted-in-variable", f"{name}_FILE": path})
+    error = problems_of(NEEDED | {name: secret_of(name, "planted-in-variable"), f"{name}_FILE": path})
     assert names_in(error) == [f"{name}_FILE"]
     assert "planted" not in str(error)
 
@@ -401,8 +417,9 @@ def written_down(configuration: Configuration) -> str:
 @given(name=st.sampled_from(SECRET_NAMES), token=tokens, by_flag=st.booleans())
 @hypothesis_settings(max_examples=40, deadline=None)
 def test_a_planted_secret_is_kept_and_never_shown(name: str, token: str, by_flag: bool) -> None:
-    configuration = read(NEEDED | ({} if by_flag else {name: token}), {name: token} if by_flag else {})
-    assert getattr(configuration.settings.secrets, name.lower()).get_secret_value() == token
+    given = {name: secret_of(name, token)}
+    configuration = read(NEEDED | ({} if by_flag else given), given if by_flag else {})
+    assert getattr(configuration.settings.secrets, name.lower()).get_secret_value() == given[name]
     assert token not in written_down(configuration)
     assert "secrets" not in configuration.settings.without_secrets()
 
@@ -410,7 +427,7 @@ def test_a_planted_secret_is_kept_and_never_shown(name: str, token: str, by_flag
 @given(name=st.sampled_from(SECRET_NAMES), token=tokens, bad=st.sampled_from(sorted(BAD_VALUES)))
 @hypothesis_settings(max_examples=60, deadline=None)
 def test_a_planted_secret_is_not_in_the_error_about_another_setting(name: str, token: str, bad: str) -> None:
-    error = problems_of(NEEDED | {name: token, bad: BAD_VALUES[bad][0]})
+    error = problems_of(NEEDED | {name: secret_of(name, token)} | {bad: BAD_VALUES[bad][0]})
     assert names_in(error) == [bad]
     assert token not in "".join(traceback.format_exception(error)) + repr(error) + repr(error.problems)
 
@@ -553,8 +570,15 @@ def test_settings_do_not_change() -> None:
 
 def test_prompts_come_from_lines_or_from_a_file(tmp_path: Path) -> None:
     path = write_env_file(tmp_path, "First?\n\n  Second? \n", "prompts.txt")
-    assert settings_of(EVAL_PROMPTS=path).train.eval_prompts == ("First?", "Second?")
-    assert settings_of(EVAL_PROMPTS="One?\nTwo?").train.eval_prompts == ("One?", "Two?")
+    for value, expected in ((path, ["First?", "Second?"]), ("One?\nTwo?", ["One?", "Two?"])):
+        assert [prompt.prompt for prompt in settings_of(EVAL_PROMPTS=value).evaluate.eval_prompts] == expected
+
+
+def test_prompts_without_a_scorer_get_the_one_that_is_set(tmp_path: Path) -> None:
+    path = write_env_file(tmp_path, '{"prompt": "2+2?", "expected": "4"}\n{"prompt": "Tell."}\n', "prompts.jsonl")
+    assert [one.scorer for one in settings_of(EVAL_PROMPTS=path).evaluate.eval_prompts] == ["contains", None]
+    exact = settings_of(EVAL_PROMPTS=path, EVAL_SCORER="exact_match", SELECT_BY="score").evaluate
+    assert [one.scorer for one in exact.eval_prompts] == ["exact_match", None] and exact.is_scored
 
 
 # The run's identity
@@ -583,6 +607,11 @@ def test_the_same_settings_are_the_same_run_whatever_layer_they_come_from(tmp_pa
         ("RUN_ID", "mine"),
         ("LOGGING_STEPS", "5"),
         ("EVAL_PROMPTS", "What?"),
+        ("SELECT_BY", "last"),
+        ("REPORT_TO", "wandb,mlflow"),
+        ("ON_FINISH", "stop"),
+        ("WEBHOOK_URL", "https://host/planted"),
+        ("PUBLISH_MERGED", "1"),
         ("HUB_MODEL_ID", "me/adapter"),
         ("WORK_DIR", "/scratch"),
     ],

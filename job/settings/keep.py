@@ -1,9 +1,10 @@
-"""Settings of keeping, budget, publishing and secrets; one line of documentation at each."""
+"""Settings of keeping, budget, publishing, the end and secrets; one line of documentation at each."""
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, SecretStr
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, SecretStr, model_validator
 
 from job.settings.section import NEUTRAL, Section
 
@@ -20,6 +21,14 @@ def _check_output_uri(value: str) -> str:
 def _check_file(value: Path | None) -> Path | None:
     if value is not None and not value.expanduser().is_file():
         raise ValueError(f"no such file (looked in {Path.cwd()})")
+    return value
+
+
+def _check_url(value: SecretStr | None) -> SecretStr | None:
+    if value is not None:
+        parts = urlsplit(value.get_secret_value())
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be an address that begins with https://")
     return value
 
 
@@ -68,6 +77,45 @@ class PublishSettings(Section):
     """Create the repository private; an existing one keeps its visibility."""
     hub_revision: Annotated[str, NEUTRAL] = "main"
     """Branch that is pushed to."""
+    publish_merged: Annotated[bool, NEUTRAL] = False
+    """After the adapter: the base model with the adapter merged in, bfloat16, for servers that take no adapters; on the CPU."""
+    hub_merged_model_id: Annotated[str | None, Field(pattern=r"^[\w.-]+/[\w.-]+$"), NEUTRAL] = None
+    """Hub repository of the merged model; by default HUB_MODEL_ID with `-merged`, and without that the store's `merged`."""
+
+    @property
+    def merged_target(self) -> str | None:
+        """Where the merged model is pushed to; None for the store."""
+        if self.hub_merged_model_id or not self.hub_model_id:
+            return self.hub_merged_model_id
+        return f"{self.hub_model_id}-merged"
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """Every repository that is to be written, by the setting that names it."""
+        wanted = {"HUB_MODEL_ID": self.hub_model_id, "HUB_MERGED_MODEL_ID": self.merged_target if self.publish_merged else None}
+        return {setting: repo_id for setting, repo_id in wanted.items() if repo_id}
+
+    @model_validator(mode="after")
+    def _merged_is_wanted(self) -> "PublishSettings":
+        if self.hub_merged_model_id and not self.publish_merged:
+            raise ValueError(
+                f"HUB_MERGED_MODEL_ID={self.hub_merged_model_id}: nothing goes there while PUBLISH_MERGED is off; set "
+                "PUBLISH_MERGED=1, or leave it out"
+            )
+        if self.publish_merged and self.hub_merged_model_id == self.hub_model_id and self.hub_model_id:
+            raise ValueError(
+                f"HUB_MERGED_MODEL_ID={self.hub_merged_model_id}: is where the adapter goes; name another repository"
+            )
+        return self
+
+
+class FinishSettings(Section):
+    title = "Finish"
+
+    on_finish: Annotated[Literal["exit", "stop", "terminate"], NEUTRAL] = "exit"
+    """What becomes of a RunPod pod at the end: it bills on (exit), is stopped, or is deleted once nothing is only on it."""
+    fail_grace_minutes: Annotated[NonNegativeFloat, NEUTRAL] = 15.0
+    """How long a failed run leaves its pod up to be looked at before ON_FINISH; a pod that is only left bills for ever."""
 
 
 class Secrets(Section):
@@ -86,4 +134,6 @@ class Secrets(Section):
     runpod_api_key: Annotated[SecretStr | None, NEUTRAL] = None
     """RunPod key; kept from every child process."""
     wandb_api_key: Annotated[SecretStr | None, NEUTRAL] = None
-    """Weights & Biases key; reaches the trainer only when TRAIN_ARGS reports there."""
+    """Weights & Biases key; reaches the trainer only with REPORT_TO=wandb."""
+    webhook_url: Annotated[SecretStr | None, AfterValidator(lambda v: _check_url(v)), NEUTRAL] = None
+    """Address that is told of the start, checkpoints and the end, as JSON; Slack's and Discord's get their own form."""

@@ -17,14 +17,30 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from job.errors import Problem, SettingsError
 from job.settings.data import DataSettings
-from job.settings.keep import BudgetSettings, KeepSettings, PublishSettings, Secrets
+from job.settings.evaluate import EvaluateSettings
+from job.settings.keep import BudgetSettings, FinishSettings, KeepSettings, PublishSettings, Secrets
 from job.settings.section import Section
 from job.settings.train import LoraSettings, ModelSettings, TrainSettings
 
 RECIPES_DIR = Path(__file__).resolve().parent.parent / "recipes"
 CONTROL_NAMES = ("RECIPE", "JOB_ENV_FILE")
 # Variables that an env file may hold for the libraries below us; they are exported unread.
-LIBRARY_PREFIXES = ("HF_", "AWS_", "CUDA_", "NCCL_", "OMP_", "PYTORCH_", "TORCH", "TOKENIZERS_", "WANDB_", "RUNPOD_", "NVIDIA_")
+LIBRARY_PREFIXES = (
+    "HF_",
+    "AWS_",
+    "CUDA_",
+    "NCCL_",
+    "OMP_",
+    "PYTORCH_",
+    "TORCH",
+    "TOKENIZERS_",
+    "WANDB_",
+    "RUNPOD_",
+    "NVIDIA_",
+    "MLFLOW_",
+    "TRACKIO_",
+    "TENSORBOARD_",
+)
 _EXAMPLES = {"MODEL_ID": "Qwen/Qwen2.5-1.5B-Instruct", "DATASETS": "mlabonne/FineTome-100k"}
 _LOOKS_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)
 
@@ -56,9 +72,11 @@ class Settings(BaseSettings):
     lora: LoraSettings
     data: DataSettings
     train: TrainSettings
+    evaluate: EvaluateSettings
     keep: KeepSettings
     budget: BudgetSettings
     publish: PublishSettings
+    finish: FinishSettings
     secrets: Secrets
 
     @classmethod
@@ -130,7 +148,8 @@ def read_settings(environ: Mapping[str, str], flags: Mapping[str, str], *, folde
         settings = Settings(**cast("dict[str, Any]", {"layers": layers}))
     except ValidationError as error:
         merged = {name: value for layer in layers for name, value in layer.items() if value}
-        raise SettingsError([*problems, *_explain(error, merged)]) from None
+        details = error.errors(include_input=False, include_url=False)
+        raise SettingsError([*problems, *_explain(details, merged)]) from None
     if problems:
         raise SettingsError(problems)
     warnings = tuple(
@@ -139,6 +158,33 @@ def read_settings(environ: Mapping[str, str], flags: Mapping[str, str], *, folde
         if (near := _nearest(name, cutoff=0.92)) and near not in environ
     )
     return Configuration(settings=settings, library_environ=library_environ, warnings=warnings)
+
+
+def read_store(environ: Mapping[str, str], flags: Mapping[str, str], *, folder: Path = Path()) -> tuple[KeepSettings, Secrets]:
+    """Where runs are kept and what opens it, for who asks after no run of its own; all other settings may be wrong.
+
+    Raises:
+        SettingsError: names every problem found in them.
+    """
+    problems: list[Problem] = []
+    env_file = _read_env_file({**environ, **flags}.get("JOB_ENV_FILE"), folder, problems)
+    known = set(known_names())
+    problems += [_unknown(name, flags[name], "command line") for name in flags.keys() - known]
+    merged: dict[str, str] = {}
+    for layer in (env_file, environ, flags):
+        merged |= {name: value for name, value in _open_secret_files(layer, problems).items() if value}
+    if problems:
+        raise SettingsError(problems)
+    try:
+        keep, secrets = (
+            section.model_validate({name: merged[name.upper()] for name in section.model_fields if name.upper() in merged})
+            for section in (KeepSettings, Secrets)
+        )
+    except ValidationError as error:
+        details = [{**detail, "loc": ("", *detail["loc"])} for detail in error.errors(include_input=False, include_url=False)]
+        raise SettingsError(_explain(details, merged)) from None
+    assert isinstance(keep, KeepSettings) and isinstance(secrets, Secrets)
+    return keep, secrets
 
 
 def _secret_names() -> list[str]:
@@ -198,11 +244,11 @@ def _open_secret_files(layer: Mapping[str, str], problems: list[Problem]) -> dic
     return opened
 
 
-def _explain(error: ValidationError, given: Mapping[str, str]) -> list[Problem | str]:
+def _explain(details: Iterable[Mapping[str, Any]], given: Mapping[str, str]) -> list[Problem | str]:
     """One problem per wrong setting, in our words."""
     rules: dict[str, list[str]] = {}
     whole: list[Problem | str] = []
-    for detail in error.errors(include_input=False, include_url=False):
+    for detail in details:
         message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         if len(detail["loc"]) == 1:  # a rule over several settings of a section: the message is complete
             whole.append(message)

@@ -11,6 +11,8 @@ from job.settings.dataset_spec import package_file
 from job.settings.section import NEUTRAL, Section, Texts
 from job.settings.train_args import check_train_args
 
+TRACKERS = ("wandb", "trackio", "tensorboard", "mlflow")
+
 
 def _parse_json_object(value: Any) -> Any:
     if not isinstance(value, str):
@@ -124,8 +126,8 @@ class TrainSettings(Section):
     """Measure the held-out loss every this many steps; always at the start and at the end."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after this many evaluations in a row without a lower held-out loss; the best checkpoint is kept. Needs EVAL_STEPS."""
-    eval_prompts: Annotated[tuple[str, ...], BeforeValidator(lambda v: _prompts(v)), NEUTRAL] = ()
-    """Prompts answered before and after training, one a line, or a file of them; else two held-out ones."""
+    report_to: Annotated[Texts, AfterValidator(lambda v: _check_trackers(v)), NEUTRAL] = ()
+    """Trackers that get the curves too: wandb, trackio, tensorboard, mlflow; a resumed run continues its curve there."""
     train_args: Annotated[dict[str, Any], BeforeValidator(_parse_json_object), AfterValidator(lambda v: _check_train_args(v))] = (
         Field(default_factory=dict)
     )
@@ -162,8 +164,8 @@ def _check_train_args(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _prompts(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    text = Path(value).read_text("utf-8") if "\n" not in value and len(value) < 255 and Path(value).is_file() else value
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+def _check_trackers(value: tuple[str, ...]) -> tuple[str, ...]:
+    asked = tuple(dict.fromkeys(name for name in value if name != "none"))
+    if unknown := [name for name in asked if name not in TRACKERS]:
+        raise ValueError(f"knows no tracker {', '.join(unknown)}: choose of {', '.join(TRACKERS)}")
+    return asked
