@@ -24,11 +24,15 @@ ENV PATH=/opt/venv/bin:${PATH} \
 
 WORKDIR /job
 
-COPY requirements.txt requirements-smoke.txt ./
+# For REPORT_TO; requirements-trackers.txt pins the others too: trackio, mlflow-skinny.
+ARG TRACKERS="tensorboard wandb"
+COPY requirements.txt requirements-smoke.txt requirements-trackers.txt ./
+# SC2086: several names in one argument.
+# hadolint ignore=SC2086
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/venv \
     && pip install --upgrade pip==26.3 \
-    && pip install -r requirements.txt \
+    && pip install -r requirements.txt -c requirements-trackers.txt ${TRACKERS} \
     && pip install --no-deps -r requirements-smoke.txt
 
 COPY entrypoint.sh LICENSE ./

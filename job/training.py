@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from job.assignment import CPU_ENVIRON, assign
 from job.deliver.finish import ADAPTER
 from job.deliver.record import Record
 from job.display import Display
@@ -17,31 +18,21 @@ from job.errors import DivergedError, JobError, NetworkError, PlanError
 from job.events import Ended, Evaluated, Event, Failed, Saved, Stepped, Stopped
 from job.foresight import Foresight
 from job.keep.budget import Budget
-from job.keep.checkpoints import (
-    CHECKPOINTS,
-    MANIFEST,
-    DamagedError,
-    best_step,
-    drop_after,
-    get_folder,
-    restore_latest,
-    step_name,
-    store_losses,
-)
+from job.keep.checkpoints import drop_after, restore_latest
 from job.keep.interval import learned_interval_seconds
+from job.keep.kept import bring_kept
 from job.keep.ledger import Ledger
 from job.keep.mirror import Mirror
-from job.keep.store import MissingError, Store
+from job.keep.store import Store
 from job.plan.forecast import Plan
 from job.plan.hardware import find_devices, one_gpu
 from job.plan.retreat import MAX_ROLLBACKS, Fit, Rollback, leaner, roll_back
 from job.settings import Settings, result_fingerprint
 from job.stopping import LAST_SECONDS, StopRequest
 from job.supervise import ChildFailedError
-from job.train.spec import TrainSpec
+from job.train.trackers import TRACKERS, TrackerFiles, new_tracker_id, tracker_environ
 
 MAX_HANGS = 1
-CPU_ENVIRON = {"TORCHDYNAMO_DISABLE": "1"}  # compiling for a CPU takes longer than it saves in the short runs one does there
 
 StartChild = Callable[..., None]
 
@@ -57,6 +48,7 @@ class Training:
         self,
         settings: Settings,
         *,
+        run_id: str,
         store: Store,
         work: Path,
         environ: Mapping[str, str],
@@ -69,9 +61,11 @@ class Training:
         start_child: StartChild,
     ) -> None:
         self._settings, self._store, self._work, self._environ = settings, store, work, environ
+        self._run_id = run_id
         self._display, self._stop, self._record, self._ledger = display, stop, record, ledger
         self._budget, self._foresight, self._start_child = budget, foresight, start_child
         self._checkpoints = work / "checkpoints"
+        self._tracker_files = TrackerFiles(store, work / TRACKERS, work / "mirror")
         self._mirror = self._new_mirror()
         self._rollback = self._learned_rollback()
         self._num_hangs = self._num_steps = 0
@@ -115,6 +109,19 @@ class Training:
         """The newest checkpoint is in the store, or NetworkError."""
         left = max(0.0, self._stop.seconds_left(self._settings.keep.grace_seconds) - LAST_SECONDS)  # for record and report
         self._mirror.finish(left, stopped=self._stop.is_asked)
+        try:
+            self._tracker_files.put()
+        except JobError as error:
+            self._display.say(f"warning: {error}")
+
+    def _put_curves(self) -> None:
+        self._record.put_metrics()
+        self._tracker_files.put()
+
+    def _tracker_environ(self) -> dict[str, str]:
+        key = self._settings.secrets.wandb_api_key
+        environ = {**self._environ, **({"WANDB_API_KEY": key.get_secret_value()} if key else {})}
+        return tracker_environ(self._settings.train.report_to, environ, self._work / TRACKERS)
 
     def _watch_end(self, step: int) -> None:
         """Lift the budget when nothing is left to train after this step: it is the last, or held-out losses rose for too long."""
@@ -128,7 +135,7 @@ class Training:
             self._checkpoints,
             keep=self._settings.keep.save_total_limit,
             warn=self._display.say,
-            before=self._record.put_metrics,
+            before=self._put_curves,
         )
 
     def _learned_rollback(self) -> Rollback:
@@ -154,8 +161,11 @@ class Training:
         keep = self._settings.keep
         with self._stop.at_once():
             resume_from = restore_latest(self._store, self._checkpoints, lambda text: self._display.say(f"warning: {text}"))
-            if self._settings.train.early_stopping_patience is not None:
-                self._bring_best()
+            self._bring_kept()
+            if "trackio" in self._settings.train.report_to:
+                self._tracker_files.restore()
+            if self._settings.train.report_to and self._ledger.learned("tracker_id") is None:
+                self._note("tracker_id", new_tracker_id(self._run_id))
             first_step = int(resume_from.name.removeprefix("step-")) if resume_from else 0
             if self._ledger.current.first_step is None:
                 self._ledger.record(first_step=first_step, last_step=first_step)
@@ -165,48 +175,38 @@ class Training:
             self._display.say(f"continuing after step {first_step} of {plan.num_steps}")
         shutil.rmtree(self._work / ADAPTER, ignore_errors=True)
         self._foresight.begin(micro_batch=fit.micro_batch, activation_checkpointing=fit.activation_checkpointing)
-        spec = TrainSpec(
-            model=self._settings.model,
-            lora=self._settings.lora,
-            train=self._settings.train,
-            system_prompt=self._settings.data.system_prompt,
+        interval = learned_interval_seconds(self._ledger) if keep.save_interval == "auto" else keep.save_interval
+        spec = assign(
+            self._settings,
+            run_id=self._run_id,
+            tracker_id=str(self._ledger.learned("tracker_id") or self._run_id),
+            work=self._work,
             model_dir=self._record.model_dir,
             data_dir=data_dir,
-            checkpoints_dir=self._checkpoints,
-            adapter_dir=self._work / ADAPTER,
-            scratch_dir=self._work / "trainer",
             resume_from=resume_from,
-            micro_batch=fit.micro_batch,
-            gradient_accumulation_steps=fit.gradient_accumulation_steps,
             num_steps=plan.num_steps,
-            save_interval_seconds=learned_interval_seconds(self._ledger) if keep.save_interval == "auto" else keep.save_interval,
-            save_steps=keep.save_steps,
+            fit=fit,
+            rollback=self._rollback,
+            save_interval_seconds=interval,
             expect_gpu=num_gpus > 0,
-            is_shuffled=self._settings.data.order == "shuffle",
-            activation_checkpointing=fit.activation_checkpointing,
-            activation_offloading=fit.activation_offloading,
-            learning_rate_scale=self._rollback.learning_rate_scale,
-            skip_steps=self._rollback.skip_steps,
         )
-        tracker = ("WANDB_API_KEY",) if "wandb" in str(self._settings.train.train_args.get("report_to")) else ()
+        trackers = self._tracker_environ()
         device = one_gpu(self._environ, num_gpus, self._display.say) if num_gpus else CPU_ENVIRON
         self._start_child(
             "train",
             spec,
-            allowed=tracker,
-            environ={**device, "HF_HUB_OFFLINE": "1"},
+            allowed=(),
+            environ={**trackers, **device, "HF_HUB_OFFLINE": "1"},
             hang_seconds=keep.hang_seconds,
         )
 
-    def _bring_best(self) -> None:
-        """The trainer may end at once with the best checkpoint, which an attempt on another machine has saved."""
-        best = best_step(store_losses(self._store, self._work / "mirror"))
-        if best is None or (self._checkpoints / step_name(best) / MANIFEST).is_file():
-            return
-        try:
-            get_folder(self._store, f"{CHECKPOINTS}/{step_name(best)}", self._checkpoints / step_name(best))
-        except (MissingError, DamagedError) as error:
-            self._tell(f"the checkpoint with the lowest held-out loss, of step {best}, is gone ({error})")
+    def _bring_kept(self) -> None:
+        """What the trainer may choose from at the end, and attempts on another machine have saved."""
+        evaluate, patience = self._settings.evaluate, self._settings.train.early_stopping_patience
+        wants_all = evaluate.select_by == "score" or bool(evaluate.eval_prompts)
+        if wants_all or patience is not None or (evaluate.select_by == "eval_loss" and self._settings.train.eval_steps):
+            scratch = self._work / "mirror"
+            bring_kept(self._store, self._checkpoints, scratch=scratch, only_best=not wants_all, warn=self._tell)
 
     def _raise_if_stopped(self, failure: ChildFailedError) -> None:
         """A run that would have gone on but for a signal or the budget is stopped, and not out of memory, diverged or hung."""

@@ -45,7 +45,7 @@ def make_arguments(spec: TrainSpec, *, has_eval: bool) -> SFTConfig:
         "logging_nan_inf_filter": False,  # it would hide a NaN
         "include_num_input_tokens_seen": "non_padding",
         "save_strategy": "no",  # Watch decides when
-        "report_to": "none",
+        "report_to": "none",  # Curves does it; transformers' own callbacks would fail and wait inside the loop
         "disable_tqdm": True,
         "max_length": None,  # the examples are within MAX_LENGTH already
         "dataset_kwargs": {"skip_prepare_dataset": True},

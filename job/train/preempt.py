@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from job.errors import PreemptedError
 
@@ -94,7 +95,7 @@ class StopSignal:
         raise self._error(message)
 
 
-def end_process(status: int) -> None:
+def end_process(status: int) -> NoReturn:
     """End now, whatever threads are doing."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from job.data.tally import Estimate
 from job.plan.footprint import Footprint
-from job.settings import DataSettings, LoraSettings, ModelSettings, TrainSettings
+from job.settings import DataSettings, EvaluateSettings, LoraSettings, ModelSettings, TrainSettings
 
 TOKENIZER = "tokenizer"
 """Folder in scratch_dir with the tokenizer, for an adapter that is delivered before the training has ended."""
@@ -45,6 +45,7 @@ class TrainSpec(_Spec):
     model: ModelSettings
     lora: LoraSettings
     train: TrainSettings
+    evaluate: EvaluateSettings
     system_prompt: str | None
     model_dir: Path
     data_dir: Path
@@ -58,6 +59,8 @@ class TrainSpec(_Spec):
     num_steps: int
     save_interval_seconds: float
     save_steps: int | None
+    save_total_limit: int = 3
+    """Checkpoints that are kept, beside the best one: each answers the prompts at the end."""
     expect_gpu: bool
     """Whether the driver showed a GPU; training on the CPU at a GPU's price is refused."""
     is_shuffled: bool = True
@@ -70,6 +73,11 @@ class TrainSpec(_Spec):
     """LEARNING_RATE is multiplied by it from the first step of this attempt on, whatever the checkpoint says."""
     skip_steps: tuple[int, ...] = ()
     """Optimizer steps (the first is 1) whose examples are passed over: the step counts, nothing is learned."""
+    run_id: str = "run"
+    tracker_id: str | None = None
+    """Names the run's curve at trackers, the same for all attempts; RUN_ID alone may be another run's elsewhere."""
+    trackers_dir: Path | None = None
+    """Where trackers keep what they have not sent."""
 
 
 class MeasureSpec(_Spec):
@@ -96,3 +104,17 @@ class Measurements(_Spec):
     footprint: Footprint | None = None
     estimate: Estimate | None = None
     estimate_failed: str | None = None
+
+
+class MergeSpec(_Spec):
+    """Merge a trained adapter into the base model's own weights."""
+
+    model: ModelSettings
+    model_dir: Path
+    """The base model, not quantised."""
+    adapter_dir: Path
+    """The adapter and its tokenizer."""
+    target: Path
+    """Folder that gets the merged model; an older one is replaced."""
+    public_name: str
+    """What the base model is called in what is written: a Hub id, or the last part of a path."""

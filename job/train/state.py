@@ -68,7 +68,7 @@ def save_checkpoint(trainer: Any, snapshot: Snapshot, evaluations: Mapping[int, 
         MachineError, OSError: the disk is full. What was there before is untouched, and nothing half written is sealed.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    optimizer, adapter = trainer.optimizer.state_dict(), get_peft_model_state_dict(model)
+    optimizer, adapter = trainer.optimizer.state_dict(), get_peft_model_state_dict(model, save_embedding_layers=False)
     make_room(folder, 2 * (_num_bytes(adapter) + _num_bytes(optimizer)))  # twice: its neighbours want to live as well
     written = scratch / f"checkpoint-{snapshot.step}"
     discard(written)

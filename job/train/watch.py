@@ -8,6 +8,7 @@ import time
 from statistics import fmean
 from typing import Any
 
+import psutil
 import torch
 from transformers import TrainerCallback
 
@@ -49,6 +50,7 @@ class Watch(TrainerCallback):
         self._snapshot: Snapshot | None = None
         self._saved_step, self._is_due = self.step, False
         self._started = self._saved_at = time.monotonic()
+        self.last: Stepped | None = None
         self._losses: list[float] = []
         """Of the steps since the last Stepped event."""
         self._grad_norm = self._learning_rate = 0.0
@@ -139,8 +141,12 @@ class Watch(TrainerCallback):
         with self._stop.shielded():
             self.evaluations[self.step] = loss
             self._events.write(Evaluated(step=self.step, eval_loss=loss))
-        if self._spec.train.early_stopping_patience is not None and self._snapshot is not None:
+        if self._snapshot is None:
+            return
+        if self.best_step == self.step and self._spec.evaluate.select_by != "last":
             control.should_save = True  # or the best one would not exist
+        if self._spec.train.early_stopping_patience is not None:
+            control.should_save = True
             control.should_training_stop = self.has_stopped_early
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -176,17 +182,23 @@ class Watch(TrainerCallback):
         if not self._losses or self._snapshot is None:
             return
         losses, self._losses = self._losses, []
-        self._events.write(
-            Stepped(
-                step=self._snapshot.step,
-                num_steps=self._spec.num_steps,
-                loss=fmean(losses),
-                learning_rate=self._learning_rate,
-                grad_norm=self._grad_norm,
-                num_tokens=self._snapshot.num_tokens,
-                seconds=time.monotonic() - self._started,
-            )
+        self.last = Stepped(
+            step=self._snapshot.step,
+            num_steps=self._spec.num_steps,
+            loss=fmean(losses),
+            learning_rate=self._learning_rate,
+            grad_norm=self._grad_norm,
+            num_tokens=self._snapshot.num_tokens,
+            seconds=time.monotonic() - self._started,
+            memory_bytes=_memory_bytes(),
         )
+        self._events.write(self.last)
+
+
+def _memory_bytes() -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.memory_reserved())
+    return int(psutil.Process().memory_info().rss)
 
 
 def _one_was_stopped(stop: StopSignal, device: torch.device) -> bool:
