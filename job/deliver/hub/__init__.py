@@ -1,0 +1,1 @@
+"""A folder in, one commit on the Hub out."""
