@@ -11,7 +11,7 @@ GIB = 2**30
 class Comparison(BaseModel):
     """One quantity; what is not known is None."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     what: str
     """memory_bytes, seconds, num_tokens or cost_usd."""

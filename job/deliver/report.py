@@ -8,10 +8,16 @@ from pydantic import BaseModel, ConfigDict
 
 from job.data.tally import Tally
 from job.deliver.compare import Comparison, comparison_lines
-from job.events import Sampled, Stopped
+from job.events import Answer, Stopped
 from job.keep.ledger import Attempt, cost_usd
 from job.plan.forecast import Plan
 from job.plan.progress import Reforecast
+
+MAX_CURVE = 1000
+"""Points of a curve: more than a screen has columns."""
+
+ENERGY = "energy_kwh"
+"""Note in the ledger of what an attempt's GPUs have drawn."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "huggingface_hub", "accelerate")
 
@@ -19,7 +25,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", 
 class Actual(BaseModel):
     """What happened, over all attempts."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     seconds: float
     cost_usd: float | Literal["unknown"]
@@ -27,21 +33,49 @@ class Actual(BaseModel):
     num_steps: int
     peak_memory_bytes: int | None
     device: str | None
+    energy_kwh: float | None = None
+    """Of the GPUs alone, by nvidia-smi; None where it does not tell."""
 
 
-class Chosen(BaseModel):
-    """The checkpoint that became the adapter."""
+class Candidate(BaseModel):
+    """A checkpoint that could have become the adapter, or the base model (step 0)."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     step: int
-    eval_loss: float | None
+    eval_loss: float | None = None
+    perplexity: float | None = None
+    """e to the power of `eval_loss`; None where that is more than a float holds."""
+    score: float | None = None
+    """Mean over the prompts that are scored, 0 to 1."""
+
+
+class Chosen(Candidate):
+    """The checkpoint that became the adapter."""
+
+    by: str = "last"
+    """What decided: eval_loss, score or last."""
+
+
+class Sample(BaseModel):
+    """One prompt with its answers side by side."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    prompt: str
+    before: str
+    """Of the base model."""
+    after: str
+    """Of the adapter."""
+    scorer: str | None = None
+    answers: list[Answer] = []
+    """Of the base model (step 0) and of each kept checkpoint, in order of their steps."""
 
 
 class Publication(BaseModel):
     """Where the adapter was published."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     repo_id: str
     revision: str
@@ -49,12 +83,15 @@ class Publication(BaseModel):
     url: str
     step: int | None = None
     """Of an adapter that was published where the budget ended the training; None when it is the finished one."""
+    merged_repo_id: str | None = None
+    """Where the merged model went."""
+    merged_commit: str | None = None
 
 
 class Happening(BaseModel):
     """Something out of the ordinary on the way: a retreat, a roll-back, a restart."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     at: datetime
     step: int | None
@@ -65,7 +102,10 @@ class Happening(BaseModel):
 class Report(BaseModel):
     """`report.json`."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, title="Report of a qlora-job run")
+
+    schema_version: int = 1
+    """Grows when a field changes its meaning or goes; new fields do not change it."""
 
     run_id: str
     stopped: Stopped
@@ -81,13 +121,18 @@ class Report(BaseModel):
     actual: Actual
     data: Tally | None
     attempts: list[Attempt]
+    curve: list[dict[str, float | None]] = []
+    """Logged steps as in metrics.jsonl, thinned to MAX_CURVE: {"step", "loss", "learning_rate", "grad_norm", "num_tokens",
+    "seconds", "memory_bytes", "eval_loss"?}."""
     evaluations: list[dict[str, float]]
     """Held-out loss by step, in order: {"step", "eval_loss"}."""
+    candidates: list[Candidate] = []
+    """The base model and the kept checkpoints, in order of their steps."""
     chosen: Chosen | None
     happenings: list[Happening] = []
     """Of all attempts, in order."""
     publication: Publication | None
-    samples: list[Sampled]
+    samples: list[Sample]
     model: dict[str, str | None]
     """Id and resolved revision of the base model."""
     settings: dict[str, Any]
@@ -105,7 +150,14 @@ def count_actual(
         num_steps=num_steps,
         peak_memory_bytes=peak_memory_bytes,
         device=device,
+        energy_kwh=_energy_kwh(attempts),
     )
+
+
+def _energy_kwh(attempts: list[Attempt]) -> float | None:
+    """Of all attempts; None when none of them could measure it."""
+    known = [value for attempt in attempts if isinstance(value := attempt.notes.get(ENERGY), (int, float))]
+    return round(sum(known), 4) if known else None
 
 
 def find_versions() -> dict[str, str]:
@@ -136,6 +188,8 @@ def summarise(report: Report, *, adapter: str, report_file: str) -> str:
         rows = sum(source.num_rows for source in report.data.sources)
         kept = sum(source.num_kept for source in report.data.sources)
         lines.append(f"data: {kept} of {rows} rows kept ({report.data.num_train} to train, {report.data.num_eval} held out)")
+    if len(told := candidate_lines(report)) > 2 or any(one.score is not None for one in report.candidates):
+        lines += ["", *told]
     if told := comparison_lines(report.comparison):
         lines += ["", *told]
     for sample in report.samples:
@@ -145,6 +199,19 @@ def summarise(report: Report, *, adapter: str, report_file: str) -> str:
     if report.publication is not None:
         lines.append(f"Hub      {report.publication.url}")
     return "\n".join(lines)
+
+
+def candidate_lines(report: Report) -> list[str]:
+    """The base model and the kept checkpoints, a line each; none where nothing was measured."""
+    lines = []
+    for one in report.candidates:
+        parts = [f"held-out loss {one.eval_loss:.4f}" if one.eval_loss is not None else ""]
+        parts += [f"perplexity {one.perplexity:.2f}" if one.perplexity is not None else ""]
+        parts += [f"score {one.score:.3f}" if one.score is not None else ""]
+        if told := ", ".join(part for part in parts if part):
+            chosen = f" <- the adapter, by {report.chosen.by}" if report.chosen and report.chosen.step == one.step else ""
+            lines.append(f"{'base model' if one.step == 0 else f'step {one.step}':<12} {told}{chosen}")
+    return lines
 
 
 def _one_line(text: str) -> str:

@@ -26,7 +26,7 @@ class Attempt(BaseModel):
     Fields that a later version added are passed over.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     started: datetime
     ended: datetime

@@ -36,7 +36,7 @@ from job.settings import ModelSettings, TrainSettings
 class Work(BaseModel):
     """What there is to train on."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     num_examples: int
     num_tokens: int
@@ -54,7 +54,7 @@ class Work(BaseModel):
 class Circumstances(BaseModel):
     """What else a forecast depends on, beside the work and the GPU."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     download_bytes: float = 0.0
     """Still to come from the Hub."""
@@ -66,7 +66,7 @@ class Circumstances(BaseModel):
 class Plan(BaseModel):
     """What the run will do, need and cost; what is not known is None."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     micro_batch: int
     gradient_accumulation_steps: int

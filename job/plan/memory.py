@@ -34,7 +34,7 @@ CPU_SLACK = 0.35
 class MemoryEstimate(BaseModel):
     """Bytes at the peak of a training step, by purpose."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     weights_bytes: int
     """The base model, quantisation state included."""

@@ -17,7 +17,7 @@ MIN_STEPS = 2
 class Reforecast(BaseModel):
     """What the run will take, as the steps so far say; of all attempts together."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     at_step: int
     seconds: float

@@ -1,0 +1,1 @@
+"""A report in, one self-contained HTML page out."""
