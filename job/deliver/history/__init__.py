@@ -1,0 +1,1 @@
+"""All runs of a store in, what they say together out."""
