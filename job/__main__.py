@@ -4,12 +4,25 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from job.errors import DISK_ERRORS, BudgetError, JobError, MachineError, PreemptedError, SettingsError
-from job.settings import RECIPES_DIR, Configuration, default_run_id, known_names, read_settings
+from job.leaving import Leaving
+from job.redaction import Redactor, guessed_secrets, local_folders, redacted_streams
+from job.settings import (
+    RECIPES_DIR,
+    Secrets,
+    Settings,
+    Where,
+    default_run_id,
+    known_names,
+    package_file,
+    read_settings,
+    read_store,
+)
 from job.settings.describe import describe_settings, env_example, settings_markdown
 
 COMMANDS = {
@@ -17,12 +30,16 @@ COMMANDS = {
     "plan": "say whether it fits, how long it takes and what it costs, on every GPU (--gpu NAME, --num-gpus N, --json)",
     "check": "ask the store and the Hub whether the job could run; trains nothing",
     "prepare": "make the training data and stop",
+    "evaluate": "measure the kept checkpoints once more, for other prompts or another choice; trains nothing",
     "publish": "push an adapter that is trained and in the store",
+    "history": "every run under OUTPUT_URI: what it made, cost and failed of (history URI, --html FILE, --json)",
     "settings": "list every setting with its default",
     "recipes": "list the recipes",
 }
-PLAN_FLAGS = ("gpu", "num_gpus", "json")
-"""Flags of `plan` itself; all others are settings."""
+OWN_FLAGS = {"plan": ("gpu", "num_gpus", "json"), "history": ("html", "json")}
+"""Flags of a command itself; all others are settings."""
+COMMAND_ARGUMENTS = {"history": "OUTPUT_URI"}
+"""Setting that a bare word after the command is."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,29 +53,36 @@ def main(arguments: Sequence[str]) -> int:
         epilog="Every setting is also a flag: --max-length 512 is MAX_LENGTH=512. `python -m job settings` lists them.",
     )
     parser.add_argument("command", choices=COMMANDS, help="; ".join(f"{name}: {text}" for name, text in COMMANDS.items()))
-    command, rest = parser.parse_known_args(arguments)
-    if command.command == "settings":
+    parsed, rest = parser.parse_known_args(arguments)
+    command = str(parsed.command)
+    if command == "settings":
         return _settings(rest)
-    if command.command == "recipes":
+    if command == "recipes":
         return _recipes()
+    leaving = Leaving.from_environ(os.environ, {})
     try:
-        flags = _read_flags(rest)
-        own = {name: flags.pop(name.upper()) for name in PLAN_FLAGS if name.upper() in flags} if command.command == "plan" else {}
-        return _job(command.command, flags, own)
+        flags = _read_flags(rest, COMMAND_ARGUMENTS.get(command))
+        own = {name: flags.pop(name.upper()) for name in OWN_FLAGS.get(command, ()) if name.upper() in flags}
+        leaving = Leaving.from_environ(os.environ, flags)
+        status = _history(flags, own) if command == "history" else _job(command, flags, own, leaving)
     except SettingsError as error:
         print("\n".join(str(problem) for problem in error.problems), file=sys.stderr)
-        return error.exit_status
+        status = error.exit_status
     except JobError as error:
         print(f"{'stopped' if isinstance(error, (PreemptedError, BudgetError)) else 'failed'}: {error}", file=sys.stderr)
-        return error.exit_status
+        status = error.exit_status
+    if command == "run":
+        leaving.leave(status)
+    return status
 
 
-def _job(command: str, flags: dict[str, str], own: dict[str, str]) -> int:
+def _job(command: str, flags: dict[str, str], own: dict[str, str], leaving: Leaving) -> int:
     """Run a command that needs settings.
 
     Args:
         flags: settings from the command line.
         own: flags of the command itself.
+        leaving: learns what the end of the process has to know.
     """
     for number in (signal.SIGTERM, signal.SIGINT):  # until StopRequest takes over: nothing is begun, nothing can be lost
         signal.signal(number, lambda *_: sys.exit(PreemptedError.exit_status))
@@ -67,19 +91,20 @@ def _job(command: str, flags: dict[str, str], own: dict[str, str]) -> int:
     for warning in configuration.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     # Imported now: a wrong setting is told in a fraction of a second.
-    from job.display import Display, redactor
+    from job.display import Display
     from job.keep.store import open_store, within
     from job.run import Run
     from job.stopping import StopRequest
 
     settings = configuration.settings
-    secrets = _secrets(configuration)
-    signatures = {text for spec in (*settings.data.datasets, *settings.data.eval_datasets) for text in spec.signatures}
-    redact = redactor([*secrets.values(), *signatures])
-    names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+    secrets = _secrets(configuration.settings.secrets)
+    redact = _redactor(settings, secrets)
+    work_dir = settings.keep.work_dir.expanduser().absolute()
+    os.environ.setdefault("MPLCONFIGDIR", str(work_dir / "matplotlib"))  # HOME may be read-only
+    sys.stdout, sys.stderr = redacted_streams(redact)
     stop = StopRequest()
     run_id = settings.keep.run_id or default_run_id(settings)
-    store = open_store(settings.keep.output_uri, credentials={name: secrets[name] for name in names if name in secrets})
+    store = open_store(settings.keep.output_uri, credentials=_aws(secrets), redact=redact)
     try:
         with Display(usd_per_hour=settings.budget.gpu_hourly_rate, redact=redact) as display:
             display.say(f"run {run_id} in {store.uri}")
@@ -95,7 +120,11 @@ def _job(command: str, flags: dict[str, str], own: dict[str, str]) -> int:
             )
             if command == "plan":
                 return run.plan(own)
-            return {"run": run.start, "check": run.check, "prepare": run.prepare, "publish": run.publish}[command]()
+            if command == "run":
+                leaving.know(settings)
+                leaving.say, leaving.notify, leaving.is_stopped = display.say, run.notifier.tell, lambda: stop.count > 0
+            commands = {"check": run.check, "prepare": run.prepare, "publish": run.publish, "evaluate": run.evaluate}
+            return commands.get(command, run.start)()
     except SettingsError as error:
         raise SettingsError([redact(str(problem)) for problem in error.problems]) from None
     except JobError as error:
@@ -105,14 +134,54 @@ def _job(command: str, flags: dict[str, str], own: dict[str, str]) -> int:
             raise
         raise MachineError(redact(f"{error.filename or 'a disk'}: {error.strerror}; free it, or name another place")) from None
     except Exception:  # a bug: its traceback, without a secret in it
-        print(redact(traceback.format_exc()), file=sys.stderr)
+        traceback.print_exc()
         return 1
 
 
-def _secrets(configuration: Configuration) -> dict[str, str]:
-    section = configuration.settings.secrets
+def _history(flags: dict[str, str], own: dict[str, str]) -> int:
+    keep, secrets_section = read_store(os.environ, flags)
+    from job.deliver.history.read import run_history
+    from job.keep.store import open_store
+
+    secrets = _secrets(secrets_section)
+    redact = Redactor([*secrets.values(), *guessed_secrets(os.environ)])
+    sys.stdout, sys.stderr = redacted_streams(redact)
+    store = open_store(keep.output_uri, credentials=_aws(secrets), redact=redact)
+    with tempfile.TemporaryDirectory() as scratch:
+        html = Path(own["html"]) if "html" in own else None
+        return run_history(store, scratch=Path(scratch), html=html, as_json="json" in own, redact=redact)
+
+
+def _aws(secrets: Mapping[str, str]) -> dict[str, str]:
+    """What boto3 is given."""
+    names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+    return {name: secrets[name] for name in names if name in secrets}
+
+
+def _secrets(section: Secrets) -> dict[str, str]:
     values = {name: getattr(section, name) for name in type(section).model_fields}
     return {name: value.get_secret_value() for name, value in values.items() if value is not None}
+
+
+def _redactor(settings: Settings, secrets: Mapping[str, str]) -> Redactor:
+    """What must not leave this run: see redaction.py."""
+    specs = (*settings.data.datasets, *settings.data.eval_datasets)
+    given = [spec.local_path for spec in specs if spec.kind in (Where.LOCAL, Where.PACKAGE)]
+    named = (settings.model.model_id, settings.model.chat_template, settings.data.language_model)
+    given += [Path(name) for name in named if name and "/" in name and Path(name).expanduser().exists()]
+    if settings.model.model_id.startswith("pkg:"):
+        given.append(package_file(settings.model.model_id))
+    output_uri = settings.keep.output_uri
+    return Redactor(
+        [*secrets.values(), *guessed_secrets(os.environ), *(text for spec in specs for text in spec.signatures)],
+        local_folders(
+            work_dir=settings.keep.work_dir.expanduser().absolute(),
+            current=Path.cwd(),
+            home=os.environ.get("HOME"),
+            shown=[] if "://" in output_uri else [str(Path(output_uri).expanduser().absolute())],
+            given=given,
+        ),
+    )
 
 
 def _work_folder(work_dir: Path, store_uri: str, run_id: str) -> Path:
@@ -123,12 +192,19 @@ def _work_folder(work_dir: Path, store_uri: str, run_id: str) -> Path:
     return work_dir.expanduser().absolute() / "runs" / f"{run_id}-{key}"
 
 
-def _read_flags(arguments: Sequence[str]) -> dict[str, str]:
-    """`--max-length 512` and `--max-length=512` as {"MAX_LENGTH": "512"}; unknown names are reported with the others."""
+def _read_flags(arguments: Sequence[str], bare: str | None = None) -> dict[str, str]:
+    """`--max-length 512` and `--max-length=512` as {"MAX_LENGTH": "512"}; unknown names are reported with the others.
+
+    Args:
+        bare: the setting that a word without a flag before it is.
+    """
     flags: dict[str, str] = {}
     rest = list(arguments)
     while rest:
         flag, separator, value = rest.pop(0).partition("=")
+        if not flag.startswith("--") and bare is not None and bare not in flags:
+            flags[bare] = flag if not separator else f"{flag}={value}"
+            continue
         if not flag.startswith("--"):
             raise SettingsError([f"{flag}: is neither a command nor a flag; flags look like --max-length 512"])
         if not separator:
@@ -139,7 +215,10 @@ def _read_flags(arguments: Sequence[str]) -> dict[str, str]:
 
 def _settings(arguments: Sequence[str]) -> int:
     if "--write" in arguments:  # `make docs`
+        from job.deliver.schema import schema_text
+
         root = Path(__file__).resolve().parent.parent
+        (root / "docs" / "report.schema.json").write_text(schema_text(), "utf-8")
         (root / "env.example").write_text(env_example(), "utf-8")
         readme = root / "README.md"
         text = readme.read_text("utf-8")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -62,7 +63,7 @@ class Fetched(_Event):
     """The base model lies on this machine."""
 
     event: Literal["fetched"] = "fetched"
-    model_dir: str
+    model_dir: Path
     revision: str | None
     """Commit of a Hub model; None for a local one."""
 
@@ -140,6 +141,8 @@ class Stepped(_Event):
     """Tokens seen since the run began, padding not counted."""
     seconds: float
     """Training time since this attempt's first step began."""
+    memory_bytes: int | None = None
+    """GPU memory reserved, or resident memory on a CPU."""
 
 
 class Evaluated(_Event):
@@ -153,17 +156,31 @@ class Saved(_Event):
 
     event: Literal["saved"] = "saved"
     step: int
-    path: str
+    path: Path
     seconds: float
 
 
-class Sampled(_Event):
-    """One prompt answered by the base model and by the tuned one."""
+class Answer(BaseModel):
+    """What one checkpoint says to a prompt."""
 
-    event: Literal["sampled"] = "sampled"
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    step: int
+    """0 is the base model."""
+    text: str
+    score: float | None = None
+    """0 to 1; None where nothing was expected."""
+    reason: str = ""
+    """Why it is not 1."""
+
+
+class Answered(_Event):
+    """One prompt answered by the base model and by each kept checkpoint, in order of their steps."""
+
+    event: Literal["answered"] = "answered"
     prompt: str
-    before: str
-    after: str
+    scorer: str | None = None
+    answers: tuple[Answer, ...]
 
 
 class Ended(_Event):
@@ -174,8 +191,10 @@ class Ended(_Event):
     step: int
     peak_memory_bytes: int
     """Largest GPU memory reserved, or resident memory on a CPU."""
-    best_step: int | None = None
-    """Step of the checkpoint with the lowest held-out loss, when the run ended early for it."""
+    chosen_step: int | None = None
+    """Step of the checkpoint that became the adapter; None when nothing was chosen."""
+    chosen_by: str | None = None
+    """eval_loss, score or last: what decided."""
 
 
 class Failed(_Event):
@@ -196,7 +215,7 @@ class Failed(_Event):
 
 
 Event = Annotated[
-    Progress | Warned | Fetched | Checked | Loaded | Ordered | Measured | Stepped | Evaluated | Saved | Sampled | Ended | Failed,
+    Progress | Warned | Fetched | Checked | Loaded | Ordered | Measured | Stepped | Evaluated | Saved | Answered | Ended | Failed,
     Field(discriminator="event"),
 ]
 _ADAPTER: TypeAdapter[Event] = TypeAdapter(Event)

@@ -14,12 +14,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from job.data.tally import DROPPED, load_tally
+from job.data.tally import DROPPED, TALLY, Tally, load_tally
 from job.errors import DataError, Problem, SettingsError
 from job.events import EventWriter, Progress
 from job.keep.checkpoints import MANIFEST, DamagedError, check, discard, seal
-from job.keep.store import Store, read_text
-from job.settings import DatasetSpec, Where
+from job.keep.mirror import is_whole
+from job.keep.store import MissingError, Store, read_text
+from job.settings import DatasetSpec, Settings, Where, data_fingerprint
 from job.train.spec import PrepareSpec
 
 ORIGIN = "origin.json"
@@ -63,6 +64,32 @@ def make_prepared(spec: PrepareSpec, events: EventWriter) -> None:
             return
         discard(spec.folder)
         partial.replace(spec.folder)
+
+
+def prepared_name(settings: Settings) -> str:
+    """Of the data in a run's store."""
+    return f"data/{data_fingerprint(settings)}"
+
+
+def prepared_folder(settings: Settings) -> Path:
+    """Of the data on this machine, for all runs that ask for the same."""
+    return settings.keep.work_dir.expanduser().absolute() / prepared_name(settings)
+
+
+def has_prepared(settings: Settings, store: Store) -> bool:
+    """Whether the data lies in the store, or on this machine for another run that asked for the same."""
+    return (prepared_folder(settings) / MANIFEST).is_file() or is_whole(store, prepared_name(settings))
+
+
+def known_tally(settings: Settings, store: Store, scratch: Path) -> Tally | None:
+    """Of data that was prepared already, by this run or by another one on this machine."""
+    folder = prepared_folder(settings)
+    if (folder / MANIFEST).is_file():
+        return load_tally(folder)
+    try:
+        return Tally.model_validate_json(read_text(store, f"{prepared_name(settings)}/{TALLY}", scratch))
+    except (MissingError, ValueError):
+        return None
 
 
 @contextmanager

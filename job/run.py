@@ -5,18 +5,19 @@ A stage whose result already lies in the store is passed over, so a start after 
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from job.deliver.finish import ADAPTER, deliver
-from job.deliver.record import REPORT, Record
-from job.deliver.report import Report, summarise
-from job.deliver.unfinished import deliver_unfinished
+from job.deliver.finish import ADAPTER
+from job.deliver.notify import TOTAL_SECONDS, Notifier
+from job.deliver.record import Record
 from job.display import Display
+from job.ending import DONE, Ending
+from job.energy import EnergyMeter
 from job.errors import (
     DISK_ERRORS,
     BudgetError,
@@ -24,22 +25,22 @@ from job.errors import (
     MachineError,
     PreemptedError,
     Problem,
-    PublishError,
     SettingsError,
 )
+from job.evaluating import Evaluating, check_has_checkpoints
 from job.events import Stopped
 from job.keep.checkpoints import DamagedError, delete_folder, get_folder
 from job.keep.ledger import Ledger
 from job.keep.mirror import is_whole
 from job.keep.store import Store, hurried, write_text
 from job.preflight import Result, check_everything, raise_first, results_table, summary
+from job.prepared import has_prepared, known_tally
 from job.quote import make_quote, print_quote
 from job.settings import Settings
 from job.stages import Stages
 from job.stopping import StopRequest
 from job.supervise import ChildFailedError
 
-DONE = "DONE"
 STOPPED: dict[type[JobError], Stopped] = {PreemptedError: Stopped.PREEMPTED, BudgetError: Stopped.BUDGET}
 
 
@@ -82,6 +83,27 @@ class Run:
             stop=stop,
             record=self._record,
         )
+        url = settings.secrets.webhook_url
+        self.notifier = Notifier(
+            url.get_secret_value() if url else None,
+            run_id=run_id,
+            redact=display.redact,
+            say=display.say,
+            total_seconds=min(TOTAL_SECONDS, settings.keep.grace_seconds / 3),
+        )
+        self._ending = Ending(
+            settings,
+            run_id=run_id,
+            store=store,
+            work=work,
+            display=display,
+            stop=stop,
+            record=self._record,
+            stages=self._stages,
+            notifier=self.notifier,
+            energy=EnergyMeter(environ),
+        )
+        self._stages.on_saved = self._ending.on_event
 
     def start(self) -> int:
         """Do whatever is left of the run; returns 0, or raises the JobError to exit with."""
@@ -91,12 +113,16 @@ class Run:
             self._display.say(f"already done: {self._store.uri}; nothing to do")
             return 0
         with self._locked():
-            return self._start()
+            try:
+                return self._start()
+            except JobError as error:
+                self._ending.refuse(error)
+                raise
 
     def publish(self) -> int:
         """Push a trained adapter, whether or not the run was done without it; trains nothing."""
-        if not self._settings.publish.hub_model_id:
-            way_out = "set it to owner/name"
+        if not self._settings.publish.hub_model_id and not self._settings.publish.publish_merged:
+            way_out = "set it to owner/name, or PUBLISH_MERGED=1"
             raise SettingsError([Problem(setting="HUB_MODEL_ID", value=None, rule="is required to publish", way_out=way_out)])
         if not is_whole(self._store, ADAPTER):
             way_out = "run it to the end first: `python -m job run`"
@@ -119,7 +145,7 @@ class Run:
     def _check(self, *, is_trained: bool, is_first: bool = True) -> list[Result]:
         has_data = False
         with suppress(JobError):
-            has_data = is_trained or self._stages.has_prepared(hurried(self._store))
+            has_data = is_trained or has_prepared(self._settings, hurried(self._store))
         return check_everything(
             self._settings,
             self._store,
@@ -138,12 +164,47 @@ class Run:
         self._display.stage("reading the model's shape and the first rows of the data")
         planner, sizes = self._stages.planner, self._stages.sizes
         try:
-            tally = self._stages.known_tally()
+            tally = known_tally(self._settings, self._store, self._work)
             quote = make_quote(planner, sizes, self._settings, flags, tally, scratch=self._work, shared=self._shared)
         except ChildFailedError as failure:
             raise failure.error from None
         print_quote(quote, self._settings, as_json="json" in flags, redact=self._display.redact)
         return 0
+
+    def evaluate(self) -> int:
+        """Measure the kept checkpoints of a run that has trained, and choose among them again; trains nothing."""
+        with self._locked():
+            with self._stop.at_once():
+                check_has_checkpoints(self._store, self._run_id)
+                ledger = Ledger(self._store, self._work, price_usd_per_hour=self._usd_per_hour, started=self._started)
+                self._stages.charge(ledger, is_trained=True)
+                ledger.record()
+            evaluating = Evaluating(
+                self._settings,
+                ledger,
+                run_id=self._run_id,
+                store=self._store,
+                work=self._work,
+                environ=self._environ,
+                display=self._display,
+                record=self._record,
+                stages=self._stages,
+            )
+            try:
+                report = evaluating.run()
+            except ChildFailedError as failure:
+                ledger.record(stopped=failure.stopped)
+                raise failure.error from None
+            except JobError as error:
+                ledger.record(stopped=STOPPED.get(type(error), Stopped.CRASHED))
+                raise
+            ledger.record(stopped=Stopped.FINISHED)
+            self._ending.put_evaluated(report.model_copy(update={"attempts": ledger.attempts}))
+        return 0
+
+    @property
+    def _usd_per_hour(self) -> float | None:
+        return price.usd_per_hour if (price := self._stages.planner.price) else None
 
     def prepare(self) -> int:
         """Make the training data, put it into the store, and stop."""
@@ -182,8 +243,7 @@ class Run:
     def _start(self) -> int:
         with self._stop.at_once():
             trained = self._is_trained()
-            usd = price.usd_per_hour if (price := self._stages.planner.price) else None
-            ledger = Ledger(self._store, self._work, price_usd_per_hour=usd, started=self._started)
+            ledger = Ledger(self._store, self._work, price_usd_per_hour=self._usd_per_hour, started=self._started)
             budget = self._stages.charge(ledger, is_trained=trained)
             self._display.stage("checking this machine, the store, the model and the data")
             if not trained:
@@ -194,10 +254,12 @@ class Run:
             raise_first(results)
             self._stop.limit(None if trained else budget)
             if not ledger.past:  # a run that was deleted from the store starts over, whatever lies here
-                for left_over in ("checkpoints", "adapter"):
+                for left_over in ("checkpoints", "adapter", "merged"):
                     shutil.rmtree(self._work / left_over, ignore_errors=True)
             ledger.record()
-            self._write_json("settings.json", self._settings.without_secrets())
+            text = json.dumps(self._settings.without_secrets(), indent=1, ensure_ascii=False)
+            write_text(self._store, "settings.json", text, self._work)
+            self._ending.begin(ledger)
         stopped, error = Stopped.FINISHED, None
         try:
             if not trained:
@@ -213,88 +275,17 @@ class Run:
         except Exception as bug:
             if not isinstance(bug, OSError) or bug.errno not in DISK_ERRORS:
                 # What is trained is stored before the traceback is shown.
-                self._record_failure(ledger, Stopped.CRASHED, JobError(f"{type(bug).__name__}: {bug}"))
+                self._ending.fail(ledger, Stopped.CRASHED, JobError(f"{type(bug).__name__}: {bug}"))
                 raise
             text = f"WORK_DIR: {bug.filename or 'its disk'}: {bug.strerror}; free it, or name a folder on another disk"
             stopped, error = Stopped.CRASHED, MachineError(text)
         if error is not None:
-            self._record_failure(ledger, stopped, error)
+            self._ending.fail(ledger, stopped, error)
             raise error
         with self._stop.at_once():
             ledger.record(stopped=stopped)
             report = self._record.report(ledger, stopped, None)
-        status = self._deliver(report, ledger)
+        status = self._ending.deliver(report, ledger)
         if overrun := budget.overrun():
             self._display.say(f"warning: {overrun}")
         return status
-
-    def _record_failure(self, ledger: Ledger, stopped: Stopped, error: JobError) -> None:
-        """Store what is known, as far as the store answers in time: the error that came first decides the exit status."""
-        last_acts: list[Callable[[], None]] = [
-            self._stages.confirm,
-            lambda: ledger.record(stopped=stopped),
-            lambda: self._put_report(self._record.report(ledger, stopped, error)),
-        ]
-        if stopped is Stopped.BUDGET and self._settings.budget.publish_on_budget:
-            last_acts.append(lambda: self._deliver_unfinished(ledger, error))
-        with self._warned(), self._stop.within_grace(self._settings.keep.grace_seconds):
-            for act in last_acts:
-                if self._stop.is_over:
-                    break
-                with self._warned():
-                    act()
-
-    def _deliver_unfinished(self, ledger: Ledger, error: JobError) -> None:
-        """Deliver what the budget paid for; a failure is told, for the checkpoint is safe."""
-        self._display.stage("delivering what is trained")
-        report, redact = self._record.report(ledger, Stopped.BUDGET, error), self._display.redact
-        try:
-            report = deliver_unfinished(report, self._settings, store=self._store, work=self._work, redact=redact)
-        except Exception as failure:  # whatever it is, the budget's exit status stands
-            self._display.say(f"warning: PUBLISH_ON_BUDGET=1: {failure}")
-            return
-        ledger.record()
-        self._put_report(report.model_copy(update={"attempts": ledger.attempts}))
-
-    @contextmanager
-    def _warned(self) -> Iterator[None]:
-        """Tell an error inside, beside the failure that came first."""
-        try:
-            yield
-        except JobError as error:
-            self._display.say(f"warning: {error}")
-
-    def _deliver(self, report: Report, ledger: Ledger) -> int:
-        if target := self._settings.publish.hub_model_id:
-            self._display.stage(f"publishing to {target}")
-        try:
-            with self._stop.at_once():
-                report = deliver(
-                    report,
-                    self._settings,
-                    store=self._store,
-                    adapter=self._work / ADAPTER,
-                    redact=self._display.redact,
-                    put_report=self._put_report,
-                )
-                self._write_json(DONE, {"run_id": self._run_id})
-        except PublishError:
-            raise  # told in the report already
-        except JobError as error:
-            stopped = Stopped.PREEMPTED if isinstance(error, PreemptedError) else Stopped.CRASHED
-            with self._warned(), self._stop.within_grace(self._settings.keep.grace_seconds):
-                with self._warned():
-                    ledger.record(stopped=stopped)
-                told = {"stopped": stopped, "exit_status": error.exit_status, "reason": str(error), "attempts": ledger.attempts}
-                self._put_report(report.model_copy(update=told))
-            raise
-        where = self._store.uri
-        self._display.say(summarise(report, adapter=f"{where}/{ADAPTER}", report_file=f"{where}/{REPORT}"))
-        return 0
-
-    def _put_report(self, report: Report) -> None:
-        self._write_json(REPORT, report.model_dump(mode="json"))
-
-    def _write_json(self, name: str, value: object) -> None:
-        text = json.dumps(value, indent=1, ensure_ascii=False)
-        write_text(self._store, name, self._display.redact(text), self._work)

@@ -16,16 +16,15 @@ from job.errors import JobError
 from job.events import Event, Fetched
 from job.foresight import Foresight
 from job.keep.budget import Budget
-from job.keep.checkpoints import MANIFEST, DamagedError, delete_folder, get_folder, put_folder
+from job.keep.checkpoints import DamagedError, delete_folder, get_folder, put_folder
 from job.keep.ledger import Ledger
-from job.keep.mirror import is_whole
-from job.keep.store import MissingError, Store, read_text, write_text
+from job.keep.store import MissingError, Store, write_text
 from job.plan.forecast import Plan
 from job.plan.memory import optimizer_name
 from job.plan.show import plan_line
 from job.planning import Planner
-from job.prepared import is_same, locked
-from job.settings import Settings, data_fingerprint
+from job.prepared import is_same, locked, prepared_folder, prepared_name
+from job.settings import Settings
 from job.sizing import Sizes
 from job.speeds import remember_speed
 from job.stopping import StopRequest
@@ -69,6 +68,7 @@ class Stages:
         )
         self.planner = Planner(settings, shared=shared, work=work, environ=environ, display=display, sizes=self.sizes)
         self._foresight: Foresight | None = None
+        self.on_saved: Callable[[Event, Ledger], None] = lambda event, ledger: None
 
     def charge(self, ledger: Ledger, *, is_trained: bool) -> Budget:
         """From now on the time goes into this ledger; returns the budget that may end it.
@@ -90,7 +90,7 @@ class Stages:
         self._display.stage(f"fetching {self._settings.model.model_id}")
         models = self._settings.keep.work_dir.expanduser().absolute() / "models"
         models.mkdir(parents=True, exist_ok=True)
-        self._child(
+        self.run_child(
             "fetch",
             FetchSpec(model=self._settings.model, models_dir=models, tokenizer_only=tokenizer_only),
             allowed=("HF_TOKEN",),
@@ -98,9 +98,8 @@ class Stages:
 
     def prepare(self) -> Path:
         """Make the training data, or take it from an earlier attempt or run; returns its folder."""
-        fingerprint = data_fingerprint(self._settings)
         work = self._settings.keep.work_dir.expanduser().absolute()
-        folder, name = work / "data" / fingerprint, f"data/{fingerprint}"
+        folder, name = prepared_folder(self._settings), prepared_name(self._settings)
         with self._stop.at_once():
             is_there = self._restore_prepared(folder, name)
         if not is_there:
@@ -115,22 +114,15 @@ class Stages:
                 seed=self._settings.train.seed,
             )
             s3 = tuple(name for name in self._secrets if name.startswith("AWS_"))
-            self._child("prepare", spec, allowed=("HF_TOKEN", *s3))
+            self.run_child("prepare", spec, allowed=("HF_TOKEN", *s3))
             with self._stop.at_once():
                 delete_folder(self._store, name)
                 put_folder(self._store, folder, name)
-                tally_text = self._display.redact((folder / TALLY).read_text("utf-8"))
-                write_text(self._store, TALLY, tally_text, self._work)
+                write_text(self._store, TALLY, (folder / TALLY).read_text("utf-8"), self._work)
         tally = self._record.tally = load_tally(folder)
         for line in describe(tally):
             self._display.say(line)
         return folder
-
-    def has_prepared(self, store: Store) -> bool:
-        """Whether the data lies in the store, or on this machine for another run that asked for the same."""
-        fingerprint = data_fingerprint(self._settings)
-        folder = self._settings.keep.work_dir.expanduser().absolute() / "data" / fingerprint
-        return (folder / MANIFEST).is_file() or is_whole(store, f"data/{fingerprint}")
 
     def _restore_prepared(self, folder: Path, name: str) -> bool:
         """Whether the data that this run has prepared before lies in `folder` now."""
@@ -155,6 +147,7 @@ class Stages:
         foresight = self._foresight = self._follow(plan, tally)
         self._training = Training(
             self._settings,
+            run_id=self._run_id,
             store=self._store,
             work=self._work,
             environ=self._environ,
@@ -164,7 +157,7 @@ class Stages:
             ledger=self._ledger,
             budget=self._budget,
             foresight=foresight,
-            start_child=self._child,
+            start_child=self.run_child,
         )
         self._training.run(data_dir, plan)
         self._remember_speed(foresight)
@@ -180,17 +173,6 @@ class Stages:
     def plan_checks(self, *, is_first: bool) -> dict[str, Callable[[], str]]:
         """For the checks before a run: whether it fits into this machine's memory, and into the budget."""
         return {"plan": lambda: self.planner.check(is_first=is_first)}
-
-    def known_tally(self) -> Tally | None:
-        """Of data that was prepared already, by this run or by another one on this machine."""
-        fingerprint = data_fingerprint(self._settings)
-        folder = self._settings.keep.work_dir.expanduser().absolute() / "data" / fingerprint
-        if (folder / MANIFEST).is_file():
-            return load_tally(folder)
-        try:
-            return Tally.model_validate_json(read_text(self._store, f"data/{fingerprint}/{TALLY}", self._work))
-        except (MissingError, ValueError):
-            return None
 
     def _follow(self, plan: Plan, tally: Tally) -> Foresight:
         assert self._ledger is not None
@@ -223,7 +205,7 @@ class Stages:
         except JobError as error:  # later forecasts do without
             self._display.say(f"warning: {error}")
 
-    def _child(
+    def run_child(
         self,
         stage: str,
         spec: BaseModel,
@@ -232,6 +214,7 @@ class Stages:
         environ: Mapping[str, str] | None = None,
         hang_seconds: float | None = None,
     ) -> None:
+        """Run a stage in a process of its own, with its events shown and recorded. Raises ChildFailedError."""
         self._stop.check()
 
         def idle() -> None:
@@ -248,6 +231,8 @@ class Stages:
             grace_seconds=self._settings.keep.grace_seconds,
             on_event=self._on_event,
             on_idle=idle,
+            redact=self._display.redact,
+            on_output=self._display.say,
             hang_seconds=hang_seconds,
         )
 
@@ -273,6 +258,8 @@ class Stages:
             grace_seconds=self._settings.keep.grace_seconds,
             on_event=note,
             on_idle=idle,
+            redact=self._display.redact,
+            on_output=self._display.say,
         )
 
     def _on_event(self, event: Event) -> None:
@@ -285,6 +272,8 @@ class Stages:
             self._record.follow(self._foresight.plan, self._foresight.reforecast, self._foresight.memory_factor)
         if self._training is not None:
             self._training.on_event(event)
+        if self._ledger is not None:
+            self.on_saved(event, self._ledger)
 
     def confirm(self) -> None:
         """The newest checkpoint and the metrics are in the store, or NetworkError."""

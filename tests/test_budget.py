@@ -191,6 +191,7 @@ class Trainer:
         display = Display(usd_per_hour=None, redact=str)
         self.training = Training(
             settings,
+            run_id="r",
             store=store,
             work=folder,
             environ={"CUDA_VISIBLE_DEVICES": ""},

@@ -142,9 +142,9 @@ def test_a_held_out_loss_that_rises_ends_the_run_with_the_best_checkpoint_kept(
     last = attempt.events[-1]
     assert isinstance(last, Ended) and last.step < 60
     trained = {step: loss for step, loss in attempt.evaluations.items() if step > 0}
-    assert last.best_step == min(trained, key=lambda step: trained[step]) == last.step - 4
+    assert last.chosen_step == min(trained, key=lambda step: trained[step]) == last.step - 4
     assert local_losses(whole.checkpoints) == trained
-    assert best_step(local_losses(whole.checkpoints)) == last.best_step
+    assert best_step(local_losses(whole.checkpoints)) == last.chosen_step
 
     parts = Training(tmp_path / "parts", tiny_model, data, train=OVERFIT, num_steps=60)
     stopped = parts.start(fault=f"term-eval@{last.step}")  # in the evaluation that decides

@@ -16,10 +16,10 @@ from trainer_child import Attempt, Training, write_data
 from job.events import EVENTS_FD, Ended, Failed, Phase, Progress, Saved, Stopped, Warned, read_events
 from job.keep.checkpoints import step_name
 from job.settings import DataSettings
+from job.train.build import STACKS
 from job.train.faults import Faults
 from job.train.spec import PrepareSpec
 from job.train.state import _save
-from job.train.trainer import STACKS
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -67,7 +68,9 @@ def test_a_run_ends_with_a_lower_loss_and_a_whole_report(finished: Job) -> None:
     assert (report["stopped"], report["exit_status"]) == ("finished", 0)
     assert report["evaluations"][0]["step"] == 0
     assert report["evaluations"][-1]["eval_loss"] < report["evaluations"][0]["eval_loss"]
-    assert report["chosen"] == {"step": 12, "eval_loss": report["evaluations"][-1]["eval_loss"]}
+    chosen, loss = report["chosen"], report["evaluations"][-1]["eval_loss"]
+    assert (chosen["step"], chosen["eval_loss"], chosen["by"]) == (12, loss, "eval_loss")
+    assert chosen["perplexity"] == pytest.approx(math.exp(loss), abs=1e-3)
     assert report["actual"]["num_steps"] == report["plan"]["num_steps"] == 12
     assert report["actual"]["peak_memory_bytes"] > 50 * 2**20
     assert report["actual"]["cost_usd"] == pytest.approx(report["actual"]["seconds"] / 1000, rel=0.05)

@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from job.errors import SettingsError
 from job.events import EventWriter
-from job.settings import LoraSettings, ModelSettings, TrainSettings
+from job.settings import EvaluateSettings, LoraSettings, ModelSettings, TrainSettings
 from job.train.faults import Faults
 from job.train.loop import Loop
 from job.train.model import (
@@ -32,6 +32,7 @@ def spec_for(tiny_model: Path, folder: Path, **lora: Any) -> TrainSpec:
         model=ModelSettings(model_id=str(tiny_model)),
         lora=LoraSettings(**lora),
         train=TrainSettings(),
+        evaluate=EvaluateSettings(),
         system_prompt=None,
         model_dir=tiny_model,
         data_dir=folder,

@@ -21,7 +21,7 @@ from datasets import Dataset
 from job import child
 from job.events import EVENTS_FD, Ended, Evaluated, Event, Failed, Saved, Stepped, read_events
 from job.keep.checkpoints import check, local_steps, step_name
-from job.settings import LoraSettings, ModelSettings, TrainSettings
+from job.settings import EvaluateSettings, LoraSettings, ModelSettings, TrainSettings
 from job.train.spec import TrainSpec
 
 ENVIRON = {
@@ -50,8 +50,8 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def _run(file: Path, printed: Path, events: Connection, stdin: Connection, environ: dict[str, str]) -> None:
-    """What `python -m job.child train` does."""
+def _run(stage: str, file: Path, printed: Path, events: Connection, stdin: Connection, environ: dict[str, str]) -> None:
+    """What `python -m job.child STAGE` does."""
     os.setpgid(0, 0)
     os.environ.update(environ, **{EVENTS_FD: str(events.fileno())})
     with printed.open("w") as file_of_output:
@@ -59,13 +59,13 @@ def _run(file: Path, printed: Path, events: Connection, stdin: Connection, envir
         os.dup2(file_of_output.fileno(), 2)
     os.dup2(stdin.fileno(), 0)
     sys.stdin = os.fdopen(0)  # multiprocessing closed it
-    os._exit(child.main("train", file))
+    os._exit(child.main(stage, file))
 
 
 class Attempt:
     """One trainer process; its events as they come."""
 
-    def __init__(self, spec: TrainSpec, folder: Path, environ: dict[str, str]) -> None:
+    def __init__(self, spec: TrainSpec, folder: Path, environ: dict[str, str], stage: str = "train") -> None:
         self.spec, self.events = spec, list[Event]()
         self._changed = threading.Condition()
         file = folder / "train.json"
@@ -73,7 +73,7 @@ class Attempt:
         self._printed = folder / "printed.txt"
         events, writer = _server.Pipe(duplex=False)
         stdin, self._alive = _server.Pipe(duplex=False)
-        self.process = _server.Process(target=_run, args=(file, self._printed, writer, stdin, environ))
+        self.process = _server.Process(target=_run, args=(stage, file, self._printed, writer, stdin, environ))
         self.process.start()
         writer.close()
         stdin.close()
@@ -147,17 +147,22 @@ class Training:
         self.folder, self._model, self._data, self._options = folder, model, data, options
         folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, *, fault: str = "", environ: dict[str, str] | None = None, **changes: Any) -> Attempt:
+    def start(self, *, fault: str = "", environ: dict[str, str] | None = None, stage: str = "train", **changes: Any) -> Attempt:
         """Continue from the newest checkpoint, or begin."""
+        return Attempt(self.spec(**changes), self.folder, {"JOB_FAULT": fault, **(environ or {})}, stage)
+
+    def spec(self, **changes: Any) -> TrainSpec:
+        """What the next attempt is told."""
         options = {**self._options, **changes}
         train = {"learning_rate": 0.01, "warmup_steps": 2, **options.pop("train", {})}
         lora = {"lora_dropout": 0.1, **options.pop("lora", {})}
         newest = local_steps(self.checkpoints)
-        spec = TrainSpec(
+        return TrainSpec(
             **{
                 "model": ModelSettings(model_id=str(self._model)),
                 "lora": LoraSettings(**lora),
                 "train": TrainSettings(**train),
+                "evaluate": EvaluateSettings(**options.pop("evaluate", {})),
                 "system_prompt": None,
                 "model_dir": self._model,
                 "data_dir": self._data,
@@ -174,7 +179,6 @@ class Training:
                 **options,
             }
         )
-        return Attempt(spec, self.folder, {"JOB_FAULT": fault, **(environ or {})})
 
     def run(self, **options: Any) -> Attempt:
         """An attempt that is to reach the end."""
