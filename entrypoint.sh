@@ -46,7 +46,7 @@ case "${1:-}" in
         shift
         set -- python -m job run "$@"
         ;;
-    run | plan | check | prepare | publish | recipes | settings)
+    run | plan | check | prepare | evaluate | publish | history | recipes | settings)
         set -- python -m job "$@"
         ;;
 esac

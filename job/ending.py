@@ -83,7 +83,7 @@ class Ending:
         last_acts: list[Callable[[], None]] = [self._stages.confirm, lambda: ledger.record(stopped=stopped), put]
         if stopped is Stopped.BUDGET and self._settings.budget.publish_on_budget:
             last_acts.append(lambda: self._deliver_unfinished(report, ledger, error))
-        last_acts.append(lambda: self._put_page(report[-1]))
+        last_acts.append(lambda: self._put_page(report[-1]) if report else None)
         with self._warned(), self._stop.within_grace(self._settings.keep.grace_seconds):
             for act in last_acts:
                 if self._stop.is_over:
@@ -203,6 +203,9 @@ class Ending:
 
     def _tell_end(self, ledger: Ledger, report: Report | None, stopped: Stopped, error: JobError | None) -> None:
         self._has_told = True
+        if self._stop.is_asked():
+            left = self._stop.seconds_left(self._settings.keep.grace_seconds)
+            self._notifier.total_seconds = min(self._notifier.total_seconds, max(left, 1.0))
         publication = report.publication if report else None
         self._notifier.stopped(
             self._standing(ledger),

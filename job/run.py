@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from job.deliver.finish import ADAPTER
-from job.deliver.notify import TOTAL_SECONDS, Notifier
+from job.deliver.notify import Notifier
 from job.deliver.record import Record
 from job.display import Display
 from job.ending import DONE, Ending
@@ -89,7 +89,6 @@ class Run:
             run_id=run_id,
             redact=display.redact,
             say=display.say,
-            total_seconds=min(TOTAL_SECONDS, settings.keep.grace_seconds / 3),
         )
         self._ending = Ending(
             settings,

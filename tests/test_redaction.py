@@ -9,11 +9,14 @@ from typing import TextIO, cast
 from urllib.parse import quote
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from job.redaction import MASK, RedactedStream, Redactor, guessed_secrets, local_folders, redact_model
+from job.stopping import StopRequest
+from job.supervise import ChildFailedError, run_child
 
 SECRET = 'S3cr3t-/+=&"\\é value'
 
@@ -148,6 +151,27 @@ def test_what_libraries_print_by_themselves_is_redacted(monkeypatch: pytest.Monk
     thread.join()
     monkeypatch.setattr("threading.excepthook", hook)
     assert "S3cr3t" not in written.getvalue() and written.getvalue().count(MASK) >= 2
+
+
+def test_what_a_child_process_prints_and_says_last_is_redacted(tmp_path: Path) -> None:
+    """A specification that is none: the library that reads it quotes it in its traceback."""
+    printed: list[str] = []
+    redact = Redactor([SECRET])
+    with pytest.raises(ChildFailedError) as caught:
+        run_child(
+            "measure",
+            _Inner(text=SECRET),
+            folder=tmp_path,
+            environ={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+            stop=StopRequest(),
+            grace_seconds=5.0,
+            on_event=lambda event: printed.append(str(event)),
+            on_idle=lambda: None,
+            redact=redact,
+            on_output=lambda line: printed.append(redact(line)),
+        )
+    told = "\n".join([*printed, str(caught.value)])
+    assert "Traceback" in told and "validation error" in told and MASK in told and "S3cr3t" not in told
 
 
 class _Inner(BaseModel):

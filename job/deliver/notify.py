@@ -103,7 +103,7 @@ class Notifier:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._url, self._run_id, self._redact, self._say, self._clock = url, run_id, redact, say, clock
-        self._checkpoint_seconds, self._silence_seconds, self._total_seconds = checkpoint_seconds, silence_seconds, total_seconds
+        self._checkpoint_seconds, self._silence_seconds, self.total_seconds = checkpoint_seconds, silence_seconds, total_seconds
         self._waiting: queue.Queue[dict[str, Any]] = queue.Queue(MAX_WAITING)
         self._worker: threading.Thread | None = None
         self._checkpoint_at: float | None = None
@@ -187,7 +187,7 @@ class Notifier:
                 self._worker.start()
 
     def _work(self) -> None:
-        stop = stop_before_delay(self._total_seconds) | stop_when_event_set(self._is_ending)
+        stop = stop_before_delay(self.total_seconds) | stop_when_event_set(self._is_ending)
         while True:
             message = self._waiting.get()
             if not self._is_ending.is_set():  # else it is old news
@@ -199,12 +199,12 @@ class Notifier:
             return
         with self._unfailing():
             message = self._message(event, text, standing, **facts)
-            stop = stop_before_delay(self._total_seconds)
+            stop = stop_before_delay(self.total_seconds)
             thread = threading.Thread(target=self._post, args=(message, stop), name="notify-now", daemon=True)
             thread.start()
-            thread.join(self._total_seconds)
+            thread.join(self.total_seconds)
             if thread.is_alive():
-                self._warn(f"no answer within {self._total_seconds:g} seconds")
+                self._warn(f"no answer within {self.total_seconds:g} seconds")
 
     def _post(self, message: dict[str, Any], stop: stop_base) -> None:
         url = self._url or ""
