@@ -4,6 +4,7 @@ Long work is never silent for more than 15 seconds.
 """
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from job.events import Answered, Evaluated, Event, Loaded, Saved, Stepped, Warne
 from job.events import Progress as Doing
 
 QUIET_SECONDS = 15.0
+MAX_EXPONENT = 100.0
+"""e to the power of more is told to nobody."""
 LOG_WIDTH = 130
 """Columns of a table where there is no terminal that would say its width."""
 
@@ -95,7 +98,8 @@ class Display:
             case Stepped():
                 self._show_step(event)
             case Evaluated():
-                self.say(f"step {event.step}: held-out loss {event.eval_loss:.4f}")
+                perplexity = f", perplexity {math.exp(event.eval_loss):,.2f}" if event.eval_loss < MAX_EXPONENT else ""
+                self.say(f"step {event.step}: held-out loss {event.eval_loss:.4f}{perplexity}")
             case Saved():
                 self._doing_since = time.monotonic()
                 self.say(f"step {event.step}: checkpoint saved")

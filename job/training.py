@@ -23,7 +23,7 @@ from job.keep.interval import learned_interval_seconds
 from job.keep.kept import bring_kept
 from job.keep.ledger import Ledger
 from job.keep.mirror import Mirror
-from job.keep.store import Store
+from job.keep.store import Store, write_text
 from job.plan.forecast import Plan
 from job.plan.hardware import find_devices, one_gpu
 from job.plan.retreat import MAX_ROLLBACKS, Fit, Rollback, leaner, roll_back
@@ -282,7 +282,7 @@ class Training:
     def _keep_stacks(self) -> None:
         stacks = self._work / "trainer" / "stacks.txt"
         try:
-            self._store.put(stacks, "stacks.txt")
+            write_text(self._store, "stacks.txt", stacks.read_text("utf-8", "replace"), self._work)
         except (JobError, OSError) as error:
             self._display.say(f"warning: the stacks are not in the store: {error}")
 
