@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ COMMANDS = {
     "settings": "list every setting with its default",
     "recipes": "list the recipes",
 }
+PUBLISH_THREAD = "publish"
+"""Of an upload to the Hub that is under way (deliver/hub/upload.py)."""
 OWN_FLAGS = {"plan": ("gpu", "num_gpus", "json"), "history": ("html", "json")}
 """Flags of a command itself; all others are settings."""
 COMMAND_ARGUMENTS = {"history": "OUTPUT_URI"}
@@ -44,6 +47,24 @@ COMMAND_ARGUMENTS = {"history": "OUTPUT_URI"}
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command; returns the exit status."""
+    sys.stdout, sys.stderr = redacted_streams(Redactor(guessed_secrets(os.environ)))  # until the settings are known
+    leaving = Leaving.from_environ(os.environ, {})
+    try:
+        command, status = _run(arguments, leaving)
+    except SystemExit as error:  # argparse, and a signal before a run begins
+        command, status = "run", error.code if isinstance(error.code, int) else 1
+        if status in (0, PreemptedError.exit_status):
+            raise
+    except Exception:  # a bug
+        traceback.print_exc()
+        command, status = "run", 1
+    if command == "run":
+        leaving.leave(status)
+    return status
+
+
+def _run(arguments: Sequence[str], leaving: Leaving) -> tuple[str, int]:
+    """Read the arguments and do what they say; returns (command, exit status)."""
     if not arguments or arguments[0].startswith("--"):
         arguments = ["run", *arguments] if arguments[:1] != ["--help"] else arguments
     parser = argparse.ArgumentParser(
@@ -56,14 +77,13 @@ def main(arguments: Sequence[str]) -> int:
     parsed, rest = parser.parse_known_args(arguments)
     command = str(parsed.command)
     if command == "settings":
-        return _settings(rest)
+        return command, _settings(rest)
     if command == "recipes":
-        return _recipes()
-    leaving = Leaving.from_environ(os.environ, {})
+        return command, _recipes()
     try:
         flags = _read_flags(rest, COMMAND_ARGUMENTS.get(command))
         own = {name: flags.pop(name.upper()) for name in OWN_FLAGS.get(command, ()) if name.upper() in flags}
-        leaving = Leaving.from_environ(os.environ, flags)
+        leaving.read(flags)
         status = _history(flags, own) if command == "history" else _job(command, flags, own, leaving)
     except SettingsError as error:
         print("\n".join(str(problem) for problem in error.problems), file=sys.stderr)
@@ -71,9 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     except JobError as error:
         print(f"{'stopped' if isinstance(error, (PreemptedError, BudgetError)) else 'failed'}: {error}", file=sys.stderr)
         status = error.exit_status
-    if command == "run":
-        leaving.leave(status)
-    return status
+    return command, status
 
 
 def _job(command: str, flags: dict[str, str], own: dict[str, str], leaving: Leaving) -> int:
@@ -103,6 +121,7 @@ def _job(command: str, flags: dict[str, str], own: dict[str, str], leaving: Leav
     os.environ.setdefault("MPLCONFIGDIR", str(work_dir / "matplotlib"))  # HOME may be read-only
     sys.stdout, sys.stderr = redacted_streams(redact)
     stop = StopRequest()
+    leaving.is_stopped = lambda: stop.count > 0
     run_id = settings.keep.run_id or default_run_id(settings)
     store = open_store(settings.keep.output_uri, credentials=_aws(secrets), redact=redact)
     try:
@@ -122,7 +141,7 @@ def _job(command: str, flags: dict[str, str], own: dict[str, str], leaving: Leav
                 return run.plan(own)
             if command == "run":
                 leaving.know(settings)
-                leaving.say, leaving.notify, leaving.is_stopped = display.say, run.notifier.tell, lambda: stop.count > 0
+                leaving.say, leaving.notify = display.say, run.notifier.tell
             commands = {"check": run.check, "prepare": run.prepare, "publish": run.publish, "evaluate": run.evaluate}
             return commands.get(command, run.start)()
     except SettingsError as error:
@@ -252,4 +271,9 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     for number in (signal.SIGTERM, signal.SIGINT):  # else Python puts the defaults back while it ends, and 143 hides the status
         signal.signal(number, signal.SIG_IGN)
+    # The Hub's library shares work out to threads that would be waited for, with all that is still queued.
+    if any(thread.name == PUBLISH_THREAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)

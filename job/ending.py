@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from job.deliver.finish import ADAPTER, deliver
+from job.deliver.finish import ADAPTER, deliver, store_adapter
 from job.deliver.notify import Notifier, Standing
 from job.deliver.page.write import write_page
 from job.deliver.record import REPORT, Record
@@ -16,7 +16,7 @@ from job.deliver.report import ENERGY, Report, candidate_lines, summarise
 from job.deliver.unfinished import deliver_unfinished
 from job.display import Display
 from job.energy import EnergyMeter
-from job.errors import JobError, PreemptedError, PublishError
+from job.errors import JobError, PreemptedError, PublishError, as_job_error
 from job.events import Event, Saved, Stopped
 from job.keep.ledger import Ledger, cost_usd
 from job.keep.store import Store, write_text
@@ -130,7 +130,7 @@ class Ending:
                 put(report)
             with self._stop.at_once():
                 self._put_page(report)
-                write_text(self._store, DONE, json.dumps({"run_id": self._run_id}, indent=1), self._work)
+                self._mark_done()
         except PublishError as error:
             told = {"exit_status": error.exit_status, "reason": str(error), "attempts": ledger.attempts}
             with self._warned():
@@ -138,26 +138,46 @@ class Ending:
             self._put_page(latest[-1])
             self._tell_end(ledger, latest[-1], Stopped.FINISHED, error)
             raise
-        except JobError as error:
-            stopped = Stopped.PREEMPTED if isinstance(error, PreemptedError) else Stopped.CRASHED
+        except Exception as failure:
+            wrong = as_job_error(failure)
+            stopped = Stopped.PREEMPTED if isinstance(wrong, PreemptedError) else Stopped.CRASHED
             with self._warned(), self._stop.within_grace(self._settings.keep.grace_seconds):
                 with self._warned():
                     ledger.record(stopped=stopped)
-                told = {"stopped": stopped, "exit_status": error.exit_status, "reason": str(error), "attempts": ledger.attempts}
+                told = {"stopped": stopped, "exit_status": wrong.exit_status, "reason": str(wrong), "attempts": ledger.attempts}
                 self._put_report(report.model_copy(update=told))
-            self._tell_end(ledger, report, stopped, error)
-            raise
+            self._tell_end(ledger, report, stopped, wrong)
+            if type(wrong) is JobError:  # a bug: with its traceback
+                raise
+            raise wrong from failure
         where = self._store.uri
         self._display.say(summarise(report, adapter=f"{where}/{ADAPTER}", report_file=f"{where}/{PAGE}"))
         self._tell_end(ledger, report, Stopped.FINISHED, None)
         return 0
 
-    def put_evaluated(self, report: Report) -> None:
-        """After an evaluation that trained nothing."""
-        self._put_report(report)
-        self._put_page(report)
+    def put_evaluated(self, report: Report, *, is_new: bool) -> None:
+        """After an evaluation that trained nothing.
+
+        Args:
+            is_new: another adapter than before was chosen. While it is put, the run counts as unfinished, so that whatever
+                happens meanwhile the next start delivers one.
+        """
+        if is_new:
+            self._store.delete(DONE)
+        if report.chosen is not None:
+            self._put_report(report)
+            if is_new:
+                model_dir, redact = self._record.model_dir, self._display.redact
+                adapter = self._work / ADAPTER
+                store_adapter(report, self._settings, store=self._store, adapter=adapter, model_dir=model_dir, redact=redact)
+            self._put_page(report)
+        if is_new:
+            self._mark_done()
         for line in candidate_lines(report):
             self._display.say(line)
+
+    def _mark_done(self) -> None:
+        write_text(self._store, DONE, json.dumps({"run_id": self._run_id}, indent=1), self._work)
 
     def _deliver_unfinished(self, reports: list[Report], ledger: Ledger, error: JobError) -> None:
         """Deliver what the budget paid for; a failure is told, for the checkpoint is safe."""

@@ -92,6 +92,17 @@ class NetworkError(InterruptedRunError):
     pass
 
 
+def as_job_error(error: Exception) -> JobError:
+    """The failure that any exception is: one of ours, the disk's, or a bug."""
+    if isinstance(error, JobError):
+        return error
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return MachineError(
+            f"WORK_DIR: {error.filename or 'its disk'}: {error.strerror}; free it, or name a folder on another disk"
+        )
+    return JobError(f"{type(error).__name__}: {error}")
+
+
 def error_for_status(status: int, message: str) -> JobError:
     """Rebuild the error of a child process from its exit status and its last words."""
     if status == SettingsError.exit_status:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from job.assignment import CPU_ENVIRON, assign
-from job.deliver.finish import ADAPTER, store_adapter
+from job.deliver.finish import ADAPTER
 from job.deliver.record import REPORT, Record
-from job.deliver.report import Chosen, Report
+from job.deliver.report import Report
 from job.display import Display
+from job.ending import DONE
 from job.errors import JobError, Problem, SettingsError
 from job.events import Stopped
 from job.keep.checkpoints import CHECKPOINTS, list_steps, restore_latest
@@ -50,8 +51,11 @@ class Evaluating:
         self._store, self._work, self._environ = store, work, environ
         self._display, self._record, self._stages = display, record, stages
 
-    def run(self) -> Report:
-        """Measure the base model and every kept checkpoint; returns the run's report with what was found.
+    def run(self) -> tuple[Report, bool]:
+        """Measure the base model and every kept checkpoint; returns the report with what was found, and what is to be done.
+
+        The second value says whether the adapter in the store is no longer the chosen one. A run that has not trained to its end
+        keeps the report that it has.
 
         Raises:
             ChildFailedError: as any stage.
@@ -68,10 +72,17 @@ class Evaluating:
         self._measure(data_dir, newest)
         found = self._record.report(self._ledger, Stopped.FINISHED, None)
         past = _past_report(self._store, self._work)
-        if past is None or not is_whole(self._store, ADAPTER):
-            self._display.say("this run is not trained to its end: none of its checkpoints is delivered")
-            return found.model_copy(update={"chosen": None}) if past is None else _joined(past, found, None, self._ledger)
-        return self._deliver(past, _joined(past, found, found.chosen, self._ledger))
+        is_trained = DONE in self._store.list(DONE) or is_whole(self._store, ADAPTER)
+        if past is None or not is_trained:
+            self._display.say("this run is not trained to its end: none of its checkpoints is delivered, and no report written")
+            return found.model_copy(update={"chosen": None}), False
+        report = _joined(past, found, self._ledger)
+        before, after = past.chosen, report.chosen
+        if after is None or (before is not None and before.step == after.step and is_whole(self._store, ADAPTER)):
+            return report, False
+        was = f"it was that of step {before.step}; " if before and before.step != after.step else ""
+        self._display.say(f"the adapter is now that of step {after.step}, by {after.by}; {was}`publish` pushes it")
+        return report.model_copy(update={"publication": None}), True
 
     def _measure(self, data_dir: Path, newest: Path) -> None:
         tally, settings = self._record.tally, self._settings
@@ -94,19 +105,6 @@ class Evaluating:
         environ = {**device, "HF_HUB_OFFLINE": "1"}
         self._stages.run_child("evaluate", spec, allowed=(), environ=environ, hang_seconds=settings.keep.hang_seconds)
 
-    def _deliver(self, past: Report, report: Report) -> Report:
-        """Put the adapter into the store when another one than before was chosen."""
-        before, after = past.chosen, report.chosen
-        if after is None or (before is not None and before.step == after.step):
-            return report
-        text = f"the adapter is now that of step {after.step}, by {after.by}; "
-        self._display.say(f"{text}it was that of step {before.step if before else 'unknown'}; `publish` pushes it")
-        report = report.model_copy(update={"publication": None})
-        adapter, redact = self._work / ADAPTER, self._display.redact
-        model_dir = self._record.model_dir
-        store_adapter(report, self._settings, store=self._store, adapter=adapter, model_dir=model_dir, redact=redact)
-        return report
-
     def _warn(self, text: str) -> None:
         self._display.say(f"warning: {text}")
 
@@ -118,12 +116,12 @@ def check_has_checkpoints(store: Store, run_id: str) -> None:
         raise SettingsError([Problem(setting="RUN_ID", value=run_id, rule="has no checkpoint in the store", way_out=way_out)])
 
 
-def _joined(past: Report, found: Report, chosen: Chosen | None, ledger: Ledger) -> Report:
+def _joined(past: Report, found: Report, ledger: Ledger) -> Report:
     """What was reported of the training, with what is known now of the checkpoints."""
     losses = {int(row["step"]): row for row in (*past.evaluations, *found.evaluations)}
     news = {"candidates": found.candidates, "samples": found.samples, "attempts": ledger.attempts}
     return past.model_copy(
-        update={**news, "chosen": chosen or past.chosen, "evaluations": [row for _, row in sorted(losses.items())]}
+        update={**news, "chosen": found.chosen or past.chosen, "evaluations": [row for _, row in sorted(losses.items())]}
     )
 
 

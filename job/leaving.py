@@ -9,6 +9,9 @@ from pathlib import Path
 
 from job.settings import FinishSettings, Settings
 
+OWN_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay")
+"""They go with the container."""
+
 
 def _nothing(_: str) -> None:
     pass
@@ -36,15 +39,21 @@ class Leaving:
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], flags: Mapping[str, str]) -> "Leaving":
         """What can be known while the settings are not read, or are wrong."""
-        given = {**environ, **flags}
+        leaving = cls(environ=environ, finish=FinishSettings())
+        leaving.read(flags)
+        return leaving
+
+    def read(self, flags: Mapping[str, str]) -> None:
+        """Take over what environment and flags say."""
+        given = {**self.environ, **flags}
         asked = given.get("ON_FINISH") or "exit"
         try:
-            finish = FinishSettings.model_validate(
+            self.finish = FinishSettings.model_validate(
                 {"on_finish": asked, "fail_grace_minutes": given.get("FAIL_GRACE_MINUTES") or 15.0}
             )
         except ValueError:  # the settings' own error tells
-            finish = FinishSettings(on_finish="stop" if asked != "exit" else "exit")
-        return cls(environ=environ, finish=finish, api_key=given.get("RUNPOD_API_KEY") or None)
+            self.finish = FinishSettings(on_finish="stop" if asked != "exit" else "exit")
+        self.api_key = given.get("RUNPOD_API_KEY") or None
 
     def know(self, settings: Settings) -> None:
         """Take over the settings, once they are read."""
@@ -79,9 +88,9 @@ def is_off_machine(output_uri: str, environ: Mapping[str, str]) -> bool:
     if not environ.get("RUNPOD_VOLUME_ID"):
         return False
     try:
-        path = Path(output_uri).expanduser().absolute()
-        while not path.exists():
-            path = path.parent
-        return path.stat().st_dev != Path("/").stat().st_dev
-    except OSError:
+        path = Path(output_uri).expanduser().resolve()
+        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text("utf-8").splitlines()]
+        holding = [(len(where), kind) for where, kind in mounts if where != "/" and path.is_relative_to(where)]
+    except (OSError, ValueError, IndexError):
         return False
+    return bool(holding) and max(holding)[1] not in OWN_FILE_SYSTEMS

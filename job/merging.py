@@ -3,6 +3,7 @@
 The adapter is safe before this begins, so whatever goes wrong here is an unfinished publication (status 6), never a lost run.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path, PurePath
 
@@ -13,14 +14,15 @@ from job.deliver.report import Publication, Report
 from job.display import Display
 from job.errors import JobError, PreemptedError, PublishError
 from job.keep.checkpoints import MANIFEST, DamagedError, check, put_folder, read_manifest, seal
-from job.keep.store import MissingError, Store
+from job.keep.store import MissingError, Store, read_text
 from job.settings import Settings, is_hub_id
 from job.stages import Stages
 from job.stopping import StopRequest
 from job.supervise import ChildFailedError
 from job.train.spec import MergeSpec
 
-MERGED = "merged"
+MERGED, OF = "merged", "adapter.sha256"
+"""The folder; and its file that says which adapter is in it, whatever reports say."""
 FINISH = "the adapter is safe; `python -m job publish` with the same settings, on a larger machine if need be, finishes the job"
 
 
@@ -68,10 +70,11 @@ class Merging:
 
     def _deliver(self, report: Report, step: int) -> Report:
         target = self._settings.publish.merged_target
-        if target is None and self._is_stored(step):
+        adapter = self._adapter_digest()
+        if target is None and self._is_stored(adapter):
             return report
-        if not self._is_here(step):
-            self._merge(report, step)
+        if not self._is_here(adapter):
+            self._merge(report, step, adapter)
         with self._stop.at_once():
             if target is None:
                 self._display.stage("storing the merged model")
@@ -87,6 +90,7 @@ class Merging:
                 way_out=FINISH,
                 setting="HUB_MERGED_MODEL_ID",
                 what="the merged model",
+                ignore=(OF,),
                 tell=self._display.say,
                 idle=self._display.heartbeat,
             )
@@ -94,19 +98,25 @@ class Merging:
         publication = known.model_copy(update={"merged_repo_id": target, "merged_commit": found.commit})
         return report.model_copy(update={"publication": publication})
 
-    def _is_stored(self, step: int) -> bool:
+    def _adapter_digest(self) -> str:
+        with (self._work / ADAPTER / "adapter_model.safetensors").open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _is_stored(self, adapter: str) -> bool:
         try:
-            return read_manifest(self._store, MERGED, self._work).step == step
-        except (MissingError, DamagedError):
+            is_whole = bool(read_manifest(self._store, MERGED, self._work).files)
+            return is_whole and read_text(self._store, f"{MERGED}/{OF}", self._work) == adapter
+        except (MissingError, DamagedError, ValueError):
             return False
 
-    def _is_here(self, step: int) -> bool:
+    def _is_here(self, adapter: str) -> bool:
         try:
-            return check(self._target).step == step
-        except DamagedError:
+            check(self._target)
+            return (self._target / OF).read_text("utf-8") == adapter
+        except (DamagedError, OSError, ValueError):
             return False
 
-    def _merge(self, report: Report, step: int) -> None:
+    def _merge(self, report: Report, step: int, adapter: str) -> None:
         if self._model_dir() == Path():  # an earlier attempt trained it
             self._stages.fetch()
         self._display.stage("merging the adapter into the base model")
@@ -123,4 +133,5 @@ class Merging:
         licence = licence_of(self._settings, report, model_dir)
         card = write_merged_card(report, self._settings, licence=licence, redact=self._display.redact)
         (self._target / CARD).write_text(card, "utf-8")
+        (self._target / OF).write_text(adapter, "utf-8")
         seal(self._target, step)

@@ -20,10 +20,12 @@ M = TypeVar("M", bound=BaseModel)
 MASK = "***"
 MIN_SECRET = 4
 """Characters; blotting out less would tear every text apart."""
+WHOLE_WORDS = 12
+"""Characters; a shorter one that is one word counts only where it stands alone."""
 MIN_GUESSED = 8
 """Of an environment variable that only by its name looks like a secret."""
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|AUTH|WEBHOOK_URL|DSN$")
-_NO_SECRET_NAME = re.compile(r"TOKENIZERS|_FILE$|NUM_|MAX_|MIN_|SSH_AUTH_SOCK|XAUTHORITY|_TOKENS$")
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|AUTH(?!OR)|WEBHOOK_URL|DSN$")
+_NO_SECRET_NAME = re.compile(r"TOKENIZERS|_FILE$|NUM_|MAX_|MIN_|SSH_AUTH_SOCK|XAUTHORITY|_TOKENS$|_TYPE$|_MODE$")
 _FORMS = (
     r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}",  # Hugging Face
     r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",  # AWS access key ids
@@ -36,20 +38,25 @@ _FORMS = (
 )
 _CREDENTIAL = re.compile("|".join(_FORMS))
 _KEPT_BEFORE = (
-    # Headers, as they are sent and as Python and JSON show them.
+    # Headers, as they are sent and as Python and JSON show them: with a scheme to the end of the value, else one long word.
     re.compile(
-        r"((?:authorization|x-api-key|x-amz-security-token|x-hf-[a-z-]*token)\\?[\"']?\s*[:=]\s*b?\\?[\"']?)"
-        r"(?:(?:bearer|basic|token|aws4-hmac-sha256)\s+)?[^\s\"'\\,;}{\])][^\"'\\\r\n;}{\])]*",
+        r"(authorization\\?[\"']?\s{0,3}[:=]\s{0,3}b?\\?[\"']?(?:bearer|basic|token|digest|aws4-hmac-sha256)\s+)"
+        r"[^\"'\\\r\n;}{\])]+",
         re.IGNORECASE,
     ),
-    re.compile(r"(\b(?:bearer)\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE),
+    re.compile(
+        r"((?:authorization|x-api-key|x-amz-security-token|x-hf-[a-z-]{0,20}token)\\?[\"']?\s{0,3}[:=]\s{0,3}b?\\?[\"']?)"
+        r"[^\s\"'\\,;}{\])]{16,}",
+        re.IGNORECASE,
+    ),
+    re.compile(r"(\bbearer\s{1,3})(?=[^\s\"']{0,200}\d)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE),
     # Signed addresses: AWS, CloudFront, Google, Azure, and what others call it.
     re.compile(
         r"([?&;](?:x-amz-(?:signature|credential|security-token)|x-goog-(?:signature|credential)|signature|sig|policy|"
         r"key-pair-id|awsaccesskeyid|token|access_token|api_?key|apikey|auth|password|secret)=)[^&\s\"'<>\\)]+",
         re.IGNORECASE,
     ),
-    re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@\"'<>]+(?=@)", re.IGNORECASE),  # user:password@
+    re.compile(r"(?<![a-z0-9+.-])([a-z][a-z0-9+.-]{0,30}://)[^\s/@\"'<>]{1,500}(?=@)", re.IGNORECASE),  # user:password@
     re.compile(r"(https?://hooks\.slack\.com/)[^\s\"'<>\\)]+", re.IGNORECASE),
     re.compile(r"(https?://(?:\w+\.)?discord(?:app)?\.com/api/(?:v\d+/)?webhooks/)[^\s\"'<>\\)]+", re.IGNORECASE),
     re.compile(
@@ -130,8 +137,12 @@ class RedactedStream:
 
 
 def redacted_streams(redact: Callable[[str], str]) -> tuple[TextIO, TextIO]:
-    """Standard output and standard error, redacted: for tracebacks and for what libraries print by themselves."""
-    return cast("TextIO", RedactedStream(sys.stdout, redact)), cast("TextIO", RedactedStream(sys.stderr, redact))
+    """Standard output and standard error, redacted: for tracebacks and for what libraries print by themselves.
+
+    Streams that are redacted already get the new rules instead.
+    """
+    plain = [stream._stream if isinstance(stream, RedactedStream) else stream for stream in (sys.stdout, sys.stderr)]
+    return cast("TextIO", RedactedStream(plain[0], redact)), cast("TextIO", RedactedStream(plain[1], redact))
 
 
 def local_folders(
@@ -146,6 +157,8 @@ def local_folders(
     folders: dict[str, str] = {}
     for path in given:
         absolute = path.expanduser().absolute()
+        if not path.is_absolute() and len(path.parts) > 1:  # as it was written
+            folders[str(path)] = path.name
         for form in (absolute, absolute.resolve()):
             folders |= {str(form): path.name, **({} if form.is_dir() else {str(form.parent): "…"})}
     folders[str(Path(__file__).resolve().parent.parent)] = "…"  # in tracebacks
@@ -161,5 +174,12 @@ def _forms(secret: str) -> set[str]:
 
 
 def _either(texts: Iterable[str]) -> re.Pattern[str]:
-    # A secret of digits alone is none inside a longer number.
-    return re.compile("|".join(rf"(?<![\d.]){text}(?![\d.])" if text.isdigit() else re.escape(text) for text in texts))
+    return re.compile("|".join(_alternative(text) for text in texts))
+
+
+def _alternative(text: str) -> str:
+    if text.isdigit():  # none inside a longer number
+        return rf"(?<![\d.]){text}(?![\d.])"
+    if len(text) < WHOLE_WORDS and text.isalnum():  # `test` is none inside `tester`
+        return rf"(?<!\w){re.escape(text)}(?!\w)"
+    return re.escape(text)

@@ -19,13 +19,13 @@ from job.display import Display
 from job.ending import DONE, Ending
 from job.energy import EnergyMeter
 from job.errors import (
-    DISK_ERRORS,
     BudgetError,
     JobError,
     MachineError,
     PreemptedError,
     Problem,
     SettingsError,
+    as_job_error,
 )
 from job.evaluating import Evaluating, check_has_checkpoints
 from job.events import Stopped
@@ -107,7 +107,8 @@ class Run:
     def start(self) -> int:
         """Do whatever is left of the run; returns 0, or raises the JobError to exit with."""
         with self._stop.at_once():
-            is_done = DONE in hurried(self._store).list(DONE)
+            store = hurried(self._store)
+            is_done = DONE in store.list(DONE) and is_whole(store, ADAPTER)
         if is_done:
             self._display.say(f"already done: {self._store.uri}; nothing to do")
             return 0
@@ -128,7 +129,7 @@ class Run:
             rule = "has no trained adapter in the store"
             raise SettingsError([Problem(setting="RUN_ID", value=self._run_id, rule=rule, way_out=way_out)])
         with self._locked():
-            return self._start()
+            return self._start(may_train=False)
 
     def check(self) -> int:
         """Ask everything that can be asked without spending, and show it; raises the first refusal."""
@@ -190,15 +191,16 @@ class Run:
                 stages=self._stages,
             )
             try:
-                report = evaluating.run()
+                report, is_new = evaluating.run()
             except ChildFailedError as failure:
                 ledger.record(stopped=failure.stopped)
                 raise failure.error from None
             except JobError as error:
                 ledger.record(stopped=STOPPED.get(type(error), Stopped.CRASHED))
                 raise
-            ledger.record(stopped=Stopped.FINISHED)
-            self._ending.put_evaluated(report.model_copy(update={"attempts": ledger.attempts}))
+            with self._stop.at_once():
+                ledger.record(stopped=Stopped.FINISHED)
+                self._ending.put_evaluated(report.model_copy(update={"attempts": ledger.attempts}), is_new=is_new)
         return 0
 
     @property
@@ -215,13 +217,21 @@ class Run:
                 raise failure.error from None
         return 0
 
-    def _is_trained(self) -> bool:
-        """Whether the store holds the adapter; a damaged one is deleted, and made again from the last checkpoint."""
+    def _is_trained(self, *, may_train: bool) -> bool:
+        """Whether the store holds the adapter; a damaged one is deleted, and made again from the last checkpoint.
+
+        Raises:
+            MachineError: it is damaged, and nothing may be trained.
+        """
         if not is_whole(self._store, ADAPTER):
             return False
         try:
             get_folder(self._store, ADAPTER, self._work / ADAPTER)
         except DamagedError as error:
+            if not may_train:
+                raise MachineError(
+                    f"the adapter in the store is damaged ({error}); `python -m job run` makes it again"
+                ) from error
             self._display.say(f"warning: the adapter in the store is damaged and is made again: {error}")
             delete_folder(self._store, ADAPTER)
             return False
@@ -239,9 +249,9 @@ class Run:
         except Timeout:
             raise MachineError(f"RUN_ID={self._run_id}: another process on this machine is at it; wait for it") from None
 
-    def _start(self) -> int:
+    def _start(self, *, may_train: bool = True) -> int:
         with self._stop.at_once():
-            trained = self._is_trained()
+            trained = self._is_trained(may_train=may_train)
             ledger = Ledger(self._store, self._work, price_usd_per_hour=self._usd_per_hour, started=self._started)
             budget = self._stages.charge(ledger, is_trained=trained)
             self._display.stage("checking this machine, the store, the model and the data")
@@ -272,12 +282,11 @@ class Run:
         except JobError as failure:
             stopped, error = STOPPED.get(type(failure), Stopped.CRASHED), failure
         except Exception as bug:
-            if not isinstance(bug, OSError) or bug.errno not in DISK_ERRORS:
-                # What is trained is stored before the traceback is shown.
-                self._ending.fail(ledger, Stopped.CRASHED, JobError(f"{type(bug).__name__}: {bug}"))
+            error = as_job_error(bug)
+            stopped = Stopped.CRASHED
+            if type(error) is JobError:  # what is trained is stored before the traceback is shown
+                self._ending.fail(ledger, stopped, error)
                 raise
-            text = f"WORK_DIR: {bug.filename or 'its disk'}: {bug.strerror}; free it, or name a folder on another disk"
-            stopped, error = Stopped.CRASHED, MachineError(text)
         if error is not None:
             self._ending.fail(ledger, stopped, error)
             raise error

@@ -117,6 +117,32 @@ def test_the_checkpoints_are_measured_again_and_another_one_is_chosen(trained: J
     assert len(adapter) > 1000 and config["base_model_name_or_path"] == Path(trained.settings["MODEL_ID"]).name
 
 
+def test_a_kill_while_the_adapter_is_replaced_loses_nothing(trained: Job) -> None:
+    (trained.kept / "adapter" / "manifest.json").unlink()  # the first thing that replacing it does
+    status, output = trained.run("publish", PUBLISH_MERGED="1")
+    assert status == 2 and "has no trained adapter" in output, output
+    assert trained.run("run")[0] == 0
+    assert check(trained.kept / "adapter").step == trained.report()["chosen"]["step"]
+    assert (trained.kept / "DONE").exists() and trained.report()["stopped"] == "finished"
+
+
+def test_a_damaged_adapter_is_not_trained_again_by_publish(trained: Job) -> None:
+    file = trained.kept / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    status, output = trained.run("publish", PUBLISH_MERGED="1")
+    assert status == 5 and "damaged" in output and "job run" in output, output
+    (trained.kept / "DONE").unlink()
+    assert trained.run("run")[0] == 0 and check(trained.kept / "adapter")
+
+
+def test_an_unfinished_run_is_measured_and_not_called_finished(trained: Job) -> None:
+    for name in ("DONE", "report.json", "adapter/manifest.json"):
+        (trained.kept / name).unlink()
+    status, output = trained.run("evaluate")
+    assert status == 0 and "not trained to its end" in output and "<- the adapter" not in output, output
+    assert not (trained.kept / "report.json").exists() and not (trained.kept / "DONE").exists()
+
+
 def test_a_run_without_a_checkpoint_cannot_be_evaluated(tmp_path: Path, tiny_model: Path, conversations: Path) -> None:
     status, output = Job(tmp_path, small_run(tiny_model, conversations)).run("evaluate")
     assert status == 2 and "RUN_ID=r: has no checkpoint in the store" in output, output

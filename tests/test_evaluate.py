@@ -14,7 +14,7 @@ from trainer_child import Attempt, Training, write_data
 from job.events import Answered, Ended, Warned
 from job.keep.checkpoints import local_losses, step_name
 from job.settings import EvalPrompt
-from job.train.answer import MAX_ROWS, Prompt, _num_rows, answer
+from job.train.answer import MAX_ROWS, Prompt, _num_rows, answer, find_prompts
 from job.train.model import load_model, load_tokenizer
 
 PROMPTS = ("What follows 7?", "Say it again, please.", "And?")
@@ -121,6 +121,37 @@ def test_answers_that_fail_do_not_cost_the_adapter(trained: tuple[Training, Atte
     assert any("no answers" in event.text for event in attempt.events if isinstance(event, Warned))
 
 
+def test_an_adapter_that_cannot_be_written_leaves_the_one_before_and_ends_the_run(
+    trained: tuple[Training, Attempt],
+) -> None:
+    training, _ = trained
+    training.run(evaluate=asked(select_by="last"))
+    blocked = training.folder / "adapter.partial"
+    blocked.write_text("in the way")  # rmtree leaves a file, and a folder cannot be made there
+    try:
+        status, _, _ = training.start(evaluate=asked(select_by="last")).end()
+    finally:
+        blocked.unlink()
+    assert status != 0 and is_adapter_of(training, 14)
+
+
+def test_answers_whose_tests_hang_are_beaten_for(trained: tuple[Training, Attempt]) -> None:
+    training, _ = trained
+    hanging = EvalPrompt(prompt="Loop.", scorer="python", tests="while True: pass")
+    attempt = training.run(evaluate=asked(prompts=[hanging, EvalPrompt(prompt="Hi")], select_by="last"))
+    scores = {found.step: found for found in answers(attempt)[0].answers}
+    assert set(scores) == {0, 4, 8, 12, 14} and all(found.score == 0.0 for found in scores.values())
+
+
+def test_a_template_without_a_system_role_gets_it_before_the_prompt(tiny_model: Path, tmp_path: Path) -> None:
+    spec = Training(tmp_path, tiny_model, tmp_path, evaluate=asked(prompts=[EvalPrompt(prompt="Hi", system="Be brief")])).spec()
+    tokenizer = load_tokenizer(spec)
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tokenizer.chat_template = refusing + tokenizer.chat_template
+    (prompt,) = find_prompts(tokenizer, spec)
+    assert tokenizer.decode(prompt.ids).count("Be brief\n\nHi") == 1 and prompt.shown == "Hi"
+
+
 def test_prompts_of_different_lengths_are_answered_together_as_each_alone(tiny_model: Path, tmp_path: Path) -> None:
     spec = Training(tmp_path, tiny_model, tmp_path).spec()
     model, tokenizer = load_model(spec), load_tokenizer(spec)
@@ -132,9 +163,9 @@ def test_prompts_of_different_lengths_are_answered_together_as_each_alone(tiny_m
 
     alone = [ask([prompt], 1)[0] for prompt in prompts]
     beats.clear()
-    assert ask(prompts, 10_000) == alone and len(beats) == 1
+    assert ask(prompts, 10_000) == alone and 1 <= len(beats) <= 6, "one batch of at most six tokens"
     beats.clear()
-    assert ask(prompts, 1) == alone and len(beats) == 4, "one prompt always goes"
+    assert ask(prompts, 1) == alone and len(beats) > 6, "one prompt always goes"
     assert len(set(alone)) > 1
 
 

@@ -57,6 +57,18 @@ def test_a_wrong_setting_does_not_leave_the_pod_billing(job: Job) -> None:
         assert "LEARNING_RATE=much" in output and not job.kept.exists()
 
 
+def test_a_bug_or_a_misspelt_command_does_not_leave_the_pod_billing_either(job: Job) -> None:
+    (job.folder / "m").mkdir(parents=True)
+    (job.folder / "m" / "config.json").write_bytes(b"\xff\xfe\x00")
+    with RunPodServer() as runpod:
+        for arguments, settings in ((("runn",), {}), (("run",), {"MODEL_ID": "./m", "RUN_ID": ""})):
+            runpod.add_pod(POD)
+            keys = {"RUNPOD_API_KEY": runpod.api_key, "ON_FINISH": "stop", "FAIL_GRACE_MINUTES": "0"}
+            process = job.start(*arguments, **runpod.environ(POD), **keys, **settings)
+            wait_until_it_is(runpod, "EXITED", process)
+            leave(process)
+
+
 def test_other_commands_and_other_machines_are_left_alone(job: Job) -> None:
     with RunPodServer() as runpod:
         runpod.add_pod(POD)
@@ -74,6 +86,7 @@ def test_other_commands_and_other_machines_are_left_alone(job: Job) -> None:
         ("/runs", {}, False),
         ("/runs", {"RUNPOD_VOLUME_ID": "vol"}, False),  # a volume is there, and this is not on it
         ("/proc/not/there", {"RUNPOD_VOLUME_ID": "vol"}, True),
+        ("/dev/shm/runs", {"RUNPOD_VOLUME_ID": "vol"}, False),  # a file system, and it goes with the pod
     ],
 )
 def test_what_outlives_the_pod_is_on_s3_or_on_a_network_volume(uri: str, environ: dict[str, str], expected: bool) -> None:

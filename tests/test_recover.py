@@ -125,7 +125,7 @@ def test_a_run_that_overfits_stops_early_and_delivers_its_best_checkpoint(job: J
     report = job.report()
     losses = {row["step"]: row["eval_loss"] for row in report["evaluations"] if row["step"] > 0}
     best = int(min(losses, key=lambda step: losses[step]))
-    assert report["chosen"] == {"step": best, "eval_loss": losses[best]}
+    assert (report["chosen"]["step"], report["chosen"]["eval_loss"], report["chosen"]["by"]) == (best, losses[best], "eval_loss")
     assert best < max(losses) < 60
     kept = (job.kept / f"checkpoints/step-{best:06d}/adapter_model.safetensors").read_bytes()
     assert (job.kept / "adapter/adapter_model.safetensors").read_bytes() == kept

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import threading
+import time
 from pathlib import Path
 from typing import TextIO, cast
 from urllib.parse import quote
@@ -30,10 +31,10 @@ def test_a_known_secret_goes_in_whatever_form_it_is_quoted(quoted: str) -> None:
     assert "S3cr3t" not in told and told.startswith("before ") and told.endswith(" after") and MASK in told
 
 
-@given(st.text(min_size=4, max_size=40), st.text(max_size=30), st.text(max_size=30))
+@given(st.text(min_size=12, max_size=40).filter(lambda text: not text.isdigit()), st.text(max_size=30), st.text(max_size=30))
 def test_no_text_keeps_a_known_secret(secret: str, before: str, after: str) -> None:
     told = Redactor([secret])(f"{before}{secret}{after}")
-    assert secret.isdigit() or secret not in told or secret in before + MASK + after or secret in MASK
+    assert secret not in told or secret in before + MASK + after or secret in MASK
 
 
 @pytest.mark.parametrize(
@@ -86,11 +87,23 @@ def test_what_looks_like_a_credential_goes_unknown_as_it_is(text: str) -> None:
         "https://huggingface.co/Qwen/Qwen2.5-1.5B-Instruct?download=true",
         "see https://example.org/a?page=2&sort=asc, or write to me@example.org",
         "hf_token is a setting; HF_TOKEN=*** is shown",
+        "Explain authorization: what is it, and how does a bearer Elizabeth carry the token?",
+        '{"authorization": true, "next": [1, 2], "x-api-key": null}',
         "sha256 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
     ],
 )
 def test_other_texts_stay_as_they_are(text: str) -> None:
     assert Redactor(["another"])(text) == text
+
+
+def test_a_short_secret_of_one_word_is_none_inside_another_word() -> None:
+    assert Redactor(["test"])("tester/x, test-1, contest: 'test'") == "tester/x, ***-1, contest: '***'"
+
+
+def test_long_runs_of_dotted_letters_take_no_time() -> None:
+    begun = time.monotonic()
+    Redactor(["another secret"], {"/home/ann": "~"})("a." * 100_000 + "ha-" * 100_000 + "eyJ" * 50_000 + "bearer " * 20_000)
+    assert time.monotonic() - begun < 20, "quadratic: minutes"
 
 
 def test_a_secret_of_digits_does_not_tear_numbers() -> None:
@@ -117,6 +130,10 @@ def test_folders_of_the_machine_become_the_names_of_settings(tmp_path: Path) -> 
     )
     redact = Redactor([], folders)
     assert redact(f"{data}: row 7 of file://{data}") == "set.jsonl: row 7 of file://set.jsonl"
+    relative = Redactor(
+        [], local_folders(work_dir=tmp_path, current=Path("/srv"), home=None, given=[Path("clients/acme/x.jsonl")])
+    )
+    assert relative("DATASETS=clients/acme/x.jsonl?weight=2") == "DATASETS=x.jsonl?weight=2"
     assert redact(f"{data.parent}/other.jsonl") == "…/other.jsonl"
     assert redact(f"'{tmp_path}/work/models/m': full") == "'$WORK_DIR/models/m': full"
     assert redact("/srv/job/x /srv/job/runs/r /home/ann/.cache") == "./x /srv/job/runs/r ~/.cache"
@@ -132,6 +149,8 @@ def test_variables_are_taken_for_secrets_by_their_names() -> None:
         "EVAL_MAX_NEW_TOKENS": "123456789",
         "SHORT_TOKEN": "abc",
         "PATH": "/usr/bin:/bin",
+        "GIT_AUTHOR_NAME": "huggingface",
+        "AUTH_TYPE": "interactive",
     }
     assert guessed_secrets(environ) == ["correct horse", "0123456789"]
 

@@ -5,15 +5,16 @@ from pathlib import Path
 
 from job.deliver.card.write import save_card
 from job.deliver.hub.publish import FINISH, publish_folder
-from job.deliver.report import Report
+from job.deliver.report import Chosen, Report
 from job.display import Display
-from job.errors import JobError
+from job.errors import JobError, MachineError
 from job.keep.checkpoints import get_folder, put_folder, seal
 from job.keep.mirror import is_whole
 from job.keep.store import Store
 from job.settings import Settings
 
 ADAPTER = "adapter"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def deliver(
@@ -40,7 +41,7 @@ def deliver(
         PublishError: the adapter is safe in the store and the report says why it is not on the Hub.
     """
     if is_whole(store, ADAPTER):
-        get_folder(store, ADAPTER, adapter)
+        report = _agreeing(report, get_folder(store, ADAPTER, adapter).step)
     else:
         put_report(report)  # before the adapter, which marks the training as done
         store_adapter(report, settings, store=store, adapter=adapter, model_dir=model_dir, redact=display.redact)
@@ -73,9 +74,20 @@ def store_adapter(
     report: Report, settings: Settings, *, store: Store, adapter: Path, model_dir: Path, redact: Callable[[str], str]
 ) -> None:
     """Put a trained adapter into the store with its card; an older one there is whole until this one is being written."""
+    if lacking := [name for name in ADAPTER_FILES if not (adapter / name).is_file()]:
+        raise MachineError(f"the trained adapter lacks {', '.join(lacking)}; start again: it is made anew from its checkpoint")
     save_card(adapter, report, settings, redact=redact, model_dir=None if model_dir == Path() else model_dir)
     seal(adapter, report.chosen.step if report.chosen else report.actual.num_steps)
     put_folder(store, adapter, ADAPTER)
+
+
+def _agreeing(report: Report, step: int) -> Report:
+    """The report of the adapter that there is: whoever was killed between the two left an older one of them."""
+    if report.chosen is None or report.chosen.step == step:
+        return report
+    known = next((one for one in report.candidates if one.step == step), None)
+    chosen = Chosen(step=step, by=report.chosen.by) if known is None else Chosen(**known.model_dump(), by=report.chosen.by)
+    return report.model_copy(update={"chosen": chosen, "publication": None})
 
 
 def hub_token(settings: Settings) -> str | None:

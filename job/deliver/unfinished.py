@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from job.deliver.card.write import save_card
+from job.deliver.finish import ADAPTER_FILES
 from job.deliver.hub.publish import publish
 from job.deliver.report import Chosen, Report
 from job.errors import JobError
@@ -18,7 +19,6 @@ from job.settings import Settings
 from job.train.spec import TOKENIZER
 
 BUDGET_ADAPTER = "budget-adapter"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def deliver_unfinished(

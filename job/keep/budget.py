@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from job.errors import BudgetError, Problem, SettingsError
-from job.events import Event, Loaded, Stepped
+from job.events import Event, Loaded, Ordered, Stepped
 from job.keep.interval import SAVE_SECONDS
 from job.keep.ledger import Attempt, Ledger, least_cost_usd
 from job.settings import BudgetSettings
@@ -89,7 +89,7 @@ class Budget:
         self._limits, self._ledger = limits, ledger
         self._loaded: Loaded | None = None
         self._stepped: Stepped | None = None
-        self._step_seconds = 0.0
+        self._step_seconds = self._answer_seconds = 0.0
 
     @property
     def limit_usd(self) -> float | None:
@@ -104,6 +104,8 @@ class Budget:
         """Learn from the trainer how large a checkpoint and how long a step is."""
         if isinstance(event, Loaded):
             self._loaded, self._stepped = event, None
+        elif isinstance(event, Ordered):
+            self._answer_seconds = event.sample_seconds
         elif isinstance(event, Stepped):
             before, self._stepped = self._stepped, event
             if before is not None and event.step > before.step:
@@ -119,7 +121,8 @@ class Budget:
         if self._loaded is None:
             return END_SECONDS
         has_steps = self._stepped is not None or bool(self._ledger.current.first_step)
-        return reserve_seconds(
+        # The answers come after the last step, and are not stopped for the budget any more: what they take is kept back too.
+        return self._answer_seconds + reserve_seconds(
             save_seconds=self._measured("save_seconds"),
             upload_seconds=self._measured("upload_seconds"),
             step_seconds=self._step_seconds,

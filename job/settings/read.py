@@ -42,7 +42,7 @@ LIBRARY_PREFIXES = (
     "TENSORBOARD_",
 )
 _EXAMPLES = {"MODEL_ID": "Qwen/Qwen2.5-1.5B-Instruct", "DATASETS": "mlabonne/FineTome-100k"}
-_LOOKS_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW", re.IGNORECASE)
+_LOOKS_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|WEBHOOK|AUTH|DSN|DATABASE_URL", re.IGNORECASE)
 
 
 class _FlatSource(PydanticBaseSettingsSource):

@@ -12,6 +12,8 @@ from typing import Any
 
 import datasets
 import torch
+from jinja2 import TemplateError
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from job.settings import EvalPrompt
 from job.train.spec import TrainSpec
@@ -37,9 +39,7 @@ def find_prompts(tokenizer: Any, spec: TrainSpec) -> list[Prompt]:
     """The user's prompts, else held-out ones, else none."""
     prompts = []
     for asked in spec.evaluate.eval_prompts:
-        system = asked.system or spec.system_prompt
-        messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": asked.prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = _render(tokenizer, asked.system or spec.system_prompt, asked.prompt)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         prompts.append(Prompt(shown=asked.prompt, ids=ids, asked=asked))
     if not prompts and (spec.data_dir / "eval").is_dir():
@@ -50,6 +50,21 @@ def find_prompts(tokenizer: Any, spec: TrainSpec) -> list[Prompt]:
     return prompts
 
 
+def _render(tokenizer: Any, system: str | None, prompt: str) -> str:
+    """The text to continue; a template that knows no system message gets it before the prompt."""
+    told = [{"role": "system", "content": system}] if system else []
+    try:
+        text = tokenizer.apply_chat_template(
+            [*told, {"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError:
+        if not system:
+            raise
+        folded = {"role": "user", "content": f"{system}\n\n{prompt}"}
+        text = tokenizer.apply_chat_template([folded], tokenize=False, add_generation_prompt=True)
+    return str(text)
+
+
 def answer(
     model: Any, tokenizer: Any, prompts: list[Prompt], *, max_new_tokens: int, room_tokens: int, beat: Callable[[], None]
 ) -> list[str]:
@@ -57,7 +72,7 @@ def answer(
 
     Args:
         room_tokens: prompts and answers of one batch, padding included, that memory has room for; one prompt always goes.
-        beat: called after each batch.
+        beat: called after each token of a batch: whoever watches must not take a long answer for a hang.
     """
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))  # little padding
@@ -67,7 +82,7 @@ def answer(
             rows = _num_rows([len(prompts[index].ids) for index in order], max_new_tokens, room_tokens, max_rows)
             batch, order = order[:rows], order[rows:]
             try:
-                found = _generate(model, tokenizer, [prompts[index].ids for index in batch], max_new_tokens)
+                found = _generate(model, tokenizer, [prompts[index].ids for index in batch], max_new_tokens, beat)
             except torch.OutOfMemoryError:
                 if rows == 1:
                     raise
@@ -76,7 +91,6 @@ def answer(
                 continue
             for index, text in zip(batch, found, strict=True):
                 texts[index] = text
-            beat()
     return texts
 
 
@@ -98,6 +112,17 @@ def time_answers(model: Any, tokenizer: Any, spec: TrainSpec, *, room_tokens: in
     model.train(was_training)
     put_rng(rng)
     return GENERATION_FACTOR * seconds * max_new_tokens * num_models * num_batches
+
+
+class _Beat(StoppingCriteria):
+    """Stops nothing."""
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        self._beat = beat
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._beat()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _num_rows(lengths: list[int], max_new_tokens: int, room_tokens: int, max_rows: int) -> int:
@@ -122,7 +147,7 @@ def _generating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, beat: Callable[[], None]) -> list[str]:
     longest = max(len(ids) for ids in prompts)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None:
@@ -138,5 +163,6 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_toke
             do_sample=False,
             pad_token_id=padding,
             eos_token_id=tokenizer.eos_token_id,
+            stopping_criteria=StoppingCriteriaList([_Beat(beat)]),
         )
     return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output]

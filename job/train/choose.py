@@ -23,6 +23,8 @@ from job.train.spec import TrainSpec
 from job.train.state import load_adapter
 
 BASE_STEP = 0
+MAX_SCORERS = 8
+"""Programs of answers that run at the same time, each in up to 1 GiB."""
 
 
 class Choice:
@@ -94,8 +96,8 @@ class Choice:
         # Of equal scores the lower loss counts, then the later step.
         best = max(means, key=lambda step: (means[step], -self._losses.get(step, float("inf")), step))
         if best != self.step and self._load(best):
-            self.step = best
             self._save()
+            self.step = best
         if best == self.step:
             self.by = "score"
 
@@ -111,8 +113,11 @@ class Choice:
                 texts = answer(model, self._tokenizer, prompts, **options, beat=beat)
         else:
             texts = answer(model, self._tokenizer, prompts, **options, beat=beat)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # what runs Python waits for a process of its own
-            scores = list(pool.map(_score, prompts, texts))
+        scores = []
+        with ThreadPoolExecutor(min(MAX_SCORERS, len(os.sched_getaffinity(0)))) as pool:  # each waits for a process of its own
+            for found in pool.map(_score, prompts, texts):
+                scores.append(found)
+                beat()
         return [
             Answer(step=step, text=text, score=found.value if found else None, reason=found.reason if found else "")
             for text, found in zip(texts, scores, strict=True)
@@ -134,11 +139,14 @@ class Choice:
         return True
 
     def _save(self) -> None:
-        folder = self._spec.adapter_dir
+        """Write the adapter that is in the model; the one before stays until this one is whole."""
+        folder = self._spec.adapter_dir.with_name(f"{self._spec.adapter_dir.name}.partial")
         shutil.rmtree(folder, ignore_errors=True)
         self._trainer.model.save_pretrained(str(folder), save_embedding_layers=False)
         self._tokenizer.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)
+        shutil.rmtree(self._spec.adapter_dir, ignore_errors=True)
+        folder.rename(self._spec.adapter_dir)
 
 
 def choose(choice: Choice, watch: Any, events: EventWriter, strike: Any) -> None:

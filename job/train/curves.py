@@ -173,7 +173,7 @@ def _config(spec: TrainSpec) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith(("/", "~", ".")):
+    if isinstance(value, str) and (value.startswith(("/", "~", ".")) or ("/" in value and Path(value).exists())):
         return Path(value).name
     if isinstance(value, Mapping):
         return {name: _without_folders(inside) for name, inside in value.items()}

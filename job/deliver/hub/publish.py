@@ -166,7 +166,8 @@ def publish_folder(
     except (OSError, ValueError, RuntimeError, HfHubHTTPError, UnwellError, IncompleteError) as error:
         text = f"{setting}={repo_id}: {what} could not be published: {_explain(error)}; {way_out}"
         raise PublishError(text) from error
-    return Publication(repo_id=repo_id, revision=settings.hub_revision, commit=oid, url=url)
+    where = url if settings.hub_revision == "main" else f"{url}/tree/{settings.hub_revision}"
+    return Publication(repo_id=repo_id, revision=settings.hub_revision, commit=oid, url=where)
 
 
 def _explain(error: BaseException) -> str:
