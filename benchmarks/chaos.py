@@ -329,7 +329,7 @@ class Series:
             return attempt.has_said(words[event.phase])
         if event.phase == AFTER:
             if event.steps % 2 and event.kind not in OUTAGES:
-                return attempt.has_said("writing samples")
+                return attempt.has_said("answering prompts")
             return self._was_put(event.hold or "/adapter/")
         if not steps or (event.stored and event.stored not in self.steps()):
             return False

@@ -121,7 +121,7 @@ def test_a_second_signal_ends_a_save_that_hangs_and_leaves_nothing_half_written(
 
 def test_a_stop_after_training_ends_at_once_and_the_next_start_finishes(training: Training) -> None:
     attempt = training.start(fault="hang-sample@14")
-    attempt.wait_for(lambda event: isinstance(event, Progress) and event.text == "writing samples")
+    attempt.wait_for(lambda event: isinstance(event, Progress) and event.text == "answering prompts")
     time.sleep(0.2)
     attempt.signal(signal.SIGTERM)
     status, last, output = attempt.end()

@@ -761,7 +761,7 @@ GOOD = {"prompt": "A?"}
         ("p.txt", b"A?\nB\xff", ["line 2", "UTF-8"]),
         ("p.txt", b"x" * (MAX_FILE_BYTES + 1), ["larger than 16 MiB"]),
         ("p.jsonl.gz", b"no gzip", ["cannot be read"]),
-        ("p.jsonl.gz", gzip.compress(b"x" * 999)[:20], ["cannot be read"]),
+        ("p.jsonl.gz", gzip.compress(b"x" * 999, mtime=0)[:20], ["cannot be read"]),
         ("p.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\xffjunk", ["cannot be read"]),
         ("p.jsonl.zst", b"", [".jsonl", "convert"]),
         ("p.csv", "prompt\nA?", [".jsonl", "convert"]),

@@ -154,6 +154,7 @@ def choose(choice: Choice, watch: Any, events: EventWriter, strike: Any) -> None
     watch.phase = Phase.SAVE
     choice.deliver()
     watch.phase = Phase.SAMPLE
+    events.write(Progress(text="answering prompts"))
     try:
         strike()
         choice.answer(watch)
