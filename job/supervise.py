@@ -219,9 +219,11 @@ def _judge(
     if isinstance(last, Ended) and last.stopped is Stopped.PREEMPTED:
         left = f"the checkpoint of step {last.step} is saved" if last.step else "no step was completed"
         raise ChildFailedError(stop.error(left), stop.stopped)
-    if status == 0 and (stage != "train" or isinstance(last, Ended)):
+    if status == 0 and (stage not in ("train", "evaluate") or isinstance(last, Ended)):
         return
     if is_stopping:
+        if status == -signal.SIGTERM:  # it had not yet begun to listen
+            raise ChildFailedError(stop.error(), stop.stopped)
         left = f"the {stage} process did not stop in time and was killed; the last checkpoint is kept"
         raise ChildFailedError(stop.error(left), stop.stopped)
     if status == -signal.SIGKILL:

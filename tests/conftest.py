@@ -144,6 +144,7 @@ def small_run(model: Path, data: Path) -> dict[str, str]:
         "LEARNING_RATE": "0.01",
         "EVAL_FRACTION": "0.1",
         "HF_HUB_OFFLINE": "1",
+        "EVAL_MAX_NEW_TOKENS": "6",
     }
 
 

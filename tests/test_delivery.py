@@ -24,7 +24,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, conversa
         "SELECT_BY": "last",
     }
     job = Job(tmp_path_factory.mktemp("trained"), {**small_run(tiny_model, conversations), **settings})
-    job.settings["EVAL_MAX_NEW_TOKENS"] = "4"
     status, output = job.run("run")
     assert status == 0, output
     return job
