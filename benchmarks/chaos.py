@@ -253,7 +253,7 @@ class Series:
 
     def metrics(self) -> list[dict[str, float]]:
         rows = [json.loads(line) for line in self.read("metrics.jsonl").splitlines()]
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+        return [{name: value for name, value in row.items() if name not in ("seconds", "memory_bytes")} for row in rows]
 
     def adapter(self) -> str:
         return hashlib.sha256(self.read("adapter/adapter_model.safetensors")).hexdigest()
