@@ -100,7 +100,7 @@ def memory_chart(report: Report) -> Chart | str:
     lines = [line for line in lines if is_drawable(line[0])]
     told = f"Peak memory so far, at the end {size(points[-1][1] * GIB)}"
     paint = _stroke(report, points, "series-1", lines=lines, from_zero=True, is_raw=True)
-    legend = (LegendEntry(text="peak so far", colour="series-1", mark="line"), *_line_entries(lines, lambda gib: size(gib * GIB)))
+    legend = (LegendEntry(text="in use", colour="series-1", mark="line"), *_line_entries(lines, lambda gib: size(gib * GIB)))
     return Chart(name="memory", title="Memory", unit="GiB, by step", svg=draw("memory", told, paint), legend=legend)
 
 
