@@ -43,6 +43,8 @@ OWN_FLAGS = {"plan": ("gpu", "num_gpus", "json"), "history": ("html", "json")}
 """Flags of a command itself; all others are settings."""
 COMMAND_ARGUMENTS = {"history": "OUTPUT_URI"}
 """Setting that a bare word after the command is."""
+SWITCHES = ("JSON",)
+"""Flags that take no value, so that what follows them is a word of its own."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,21 +52,22 @@ def main(arguments: Sequence[str]) -> int:
     sys.stdout, sys.stderr = redacted_streams(Redactor(guessed_secrets(os.environ)))  # until the settings are known
     leaving = Leaving.from_environ(os.environ, {})
     try:
-        command, status = _run(arguments, leaving)
+        status = _run(arguments, leaving)
     except SystemExit as error:  # argparse, and a signal before a run begins
-        command, status = "run", error.code if isinstance(error.code, int) else 1
+        status = error.code if isinstance(error.code, int) else 1
         if status in (0, PreemptedError.exit_status):
             raise
     except Exception:  # a bug
         traceback.print_exc()
-        command, status = "run", 1
-    if command == "run":
+        status = 1
+    # A misspelt command was to be a run; any other command is somebody's, who is there.
+    if not arguments or arguments[0] == "run" or arguments[0] not in COMMANDS:
         leaving.leave(status)
     return status
 
 
-def _run(arguments: Sequence[str], leaving: Leaving) -> tuple[str, int]:
-    """Read the arguments and do what they say; returns (command, exit status)."""
+def _run(arguments: Sequence[str], leaving: Leaving) -> int:
+    """Read the arguments and do what they say; returns the exit status."""
     if not arguments or arguments[0].startswith("--"):
         arguments = ["run", *arguments] if arguments[:1] != ["--help"] else arguments
     parser = argparse.ArgumentParser(
@@ -77,9 +80,9 @@ def _run(arguments: Sequence[str], leaving: Leaving) -> tuple[str, int]:
     parsed, rest = parser.parse_known_args(arguments)
     command = str(parsed.command)
     if command == "settings":
-        return command, _settings(rest)
+        return _settings(rest)
     if command == "recipes":
-        return command, _recipes()
+        return _recipes()
     try:
         flags = _read_flags(rest, COMMAND_ARGUMENTS.get(command))
         own = {name: flags.pop(name.upper()) for name in OWN_FLAGS.get(command, ()) if name.upper() in flags}
@@ -91,7 +94,7 @@ def _run(arguments: Sequence[str], leaving: Leaving) -> tuple[str, int]:
     except JobError as error:
         print(f"{'stopped' if isinstance(error, (PreemptedError, BudgetError)) else 'failed'}: {error}", file=sys.stderr)
         status = error.exit_status
-    return command, status
+    return status
 
 
 def _job(command: str, flags: dict[str, str], own: dict[str, str], leaving: Leaving) -> int:
@@ -168,6 +171,8 @@ def _history(flags: dict[str, str], own: dict[str, str]) -> int:
     store = open_store(keep.output_uri, credentials=_aws(secrets), redact=redact)
     with tempfile.TemporaryDirectory() as scratch:
         html = Path(own["html"]) if "html" in own else None
+        if own.get("html") == "1":  # what a flag without a value is
+            raise SettingsError(["--html: needs the name of the file to write, for example --html history.html"])
         return run_history(store, scratch=Path(scratch), html=html, as_json="json" in own, redact=redact)
 
 
@@ -226,9 +231,10 @@ def _read_flags(arguments: Sequence[str], bare: str | None = None) -> dict[str, 
             continue
         if not flag.startswith("--"):
             raise SettingsError([f"{flag}: is neither a command nor a flag; flags look like --max-length 512"])
+        name = flag.removeprefix("--").replace("-", "_").upper()
         if not separator:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "1"
-        flags[flag.removeprefix("--").replace("-", "_").upper()] = value
+            value = rest.pop(0) if rest and not rest[0].startswith("--") and name not in SWITCHES else "1"
+        flags[name] = value
     return flags
 
 

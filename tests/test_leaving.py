@@ -74,6 +74,13 @@ def test_other_commands_and_other_machines_are_left_alone(job: Job) -> None:
         runpod.add_pod(POD)
         settings = {"RUNPOD_API_KEY": runpod.api_key, "ON_FINISH": "stop", "FAIL_GRACE_MINUTES": "0", "LEARNING_RATE": "much"}
         assert job.run("check", **runpod.environ(POD), **settings)[0] == 2
+        (job.folder / "m").mkdir(parents=True)
+        (job.folder / "m" / "config.json").write_bytes(b"\xff\xfe\x00")
+        bug = {**settings, "LEARNING_RATE": "0.1", "MODEL_ID": "./m", "RUN_ID": ""}
+        assert job.run("check", **runpod.environ(POD), **bug)[0] == 1
+        status, output = job.run("history", "--json", str(job.folder / "nowhere"), **runpod.environ(POD), **settings)
+        assert status == 2 and "nowhere" in output, "the word after --json is the place, and no value of it"
+        assert job.run("history", "--html", **runpod.environ(POD), **settings)[0] == 2
         assert job.run("run", **{**runpod.environ(POD), **settings, "ON_FINISH": "exit"})[0] == 2
         assert job.run("run", **settings)[0] == 2
         assert runpod.pods[POD].status == "RUNNING" and not runpod.log

@@ -45,8 +45,9 @@ def span(low: float | None, high: float | None, *, unit: str = "") -> str:
     return f"{unit}{low:.{digits}f}-{high:.{digits}f}"
 
 
-def memory_line(memory: MemoryEstimate) -> str:
-    parts = (
+def memory_parts(memory: MemoryEstimate) -> tuple[tuple[str, int], ...]:
+    """What a peak is made of, in the words that people read."""
+    return (
         ("weights", memory.weights_bytes),
         ("adapter", memory.adapter_bytes),
         ("gradients", memory.gradients_bytes),
@@ -56,7 +57,10 @@ def memory_line(memory: MemoryEstimate) -> str:
         ("passing", memory.transient_bytes),
         ("reserved", memory.reserved_bytes),
     )
-    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size >= GIB / 200)
+
+
+def memory_line(memory: MemoryEstimate) -> str:
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory_parts(memory) if size >= GIB / 200)
     return f"{memory.peak_bytes / GIB:.1f} GiB expected, {memory.safe_peak_bytes / GIB:.1f} to be safe ({listed})"
 
 

@@ -22,6 +22,7 @@ from job.deliver.page.wording import (
 )
 from job.deliver.report import Report
 from job.events import Stopped
+from job.plan import show
 
 _OUTCOMES = {
     Stopped.FINISHED: ("good", "Finished", "The training ran to its end."),
@@ -170,17 +171,7 @@ def memory_parts(report: Report) -> str:
     """What the planned peak is made of; empty when it was not planned."""
     if report.plan is None or report.plan.memory is None:
         return ""
-    memory = report.plan.memory
-    parts = (
-        ("weights", memory.weights_bytes),
-        ("adapter", memory.adapter_bytes),
-        ("gradients", memory.gradients_bytes),
-        ("optimizer", memory.optimizer_bytes),
-        ("activations", memory.activations_bytes),
-        ("logits", memory.logits_bytes),
-        ("passing", memory.transient_bytes),
-        ("reserved", memory.reserved_bytes),
-    )
+    parts = show.memory_parts(report.plan.memory)
     return ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in parts if num_bytes)
 
 
