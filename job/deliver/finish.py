@@ -7,7 +7,7 @@ from job.deliver.card.write import save_card
 from job.deliver.hub.publish import FINISH, publish_folder
 from job.deliver.report import Chosen, Report
 from job.display import Display
-from job.errors import JobError, MachineError
+from job.errors import MachineError
 from job.keep.checkpoints import get_folder, put_folder, seal
 from job.keep.mirror import is_whole
 from job.keep.store import Store
@@ -27,7 +27,7 @@ def deliver(
     display: Display,
     put_report: Callable[[Report], None],
 ) -> Report:
-    """Store the adapter first, then publish it; the report is written before and after each step that can fail.
+    """Store the adapter first, then publish it; the report is written before each step that can fail, and at the end.
 
     Args:
         report: what is known so far.
@@ -38,7 +38,7 @@ def deliver(
         put_report: writes the report to the store.
 
     Raises:
-        PublishError: the adapter is safe in the store and the report says why it is not on the Hub.
+        PublishError: the adapter is safe in the store, and not on the Hub.
     """
     if is_whole(store, ADAPTER):
         report = _agreeing(report, get_folder(store, ADAPTER, adapter).step)
@@ -48,20 +48,16 @@ def deliver(
     put_report(report)
     if not settings.publish.hub_model_id:
         return report
-    try:
-        publication = publish_folder(
-            adapter,
-            settings.publish.hub_model_id,
-            settings.publish,
-            hub_token(settings),
-            message=commit_message(report),
-            way_out=FINISH,
-            tell=display.say,
-            idle=display.heartbeat,
-        )
-    except JobError as error:
-        put_report(report.model_copy(update={"exit_status": error.exit_status, "reason": str(error)}))
-        raise
+    publication = publish_folder(
+        adapter,
+        settings.publish.hub_model_id,
+        settings.publish,
+        hub_token(settings),
+        message=commit_message(report),
+        way_out=FINISH,
+        tell=display.say,
+        idle=display.heartbeat,
+    )
     if (before := report.publication) is not None:
         merged = {"merged_repo_id": before.merged_repo_id, "merged_commit": before.merged_commit}
         publication = publication.model_copy(update=merged)
