@@ -13,7 +13,7 @@ from job.deliver.record import REPORT, Record
 from job.deliver.report import Report
 from job.display import Display
 from job.ending import DONE
-from job.errors import JobError, Problem, SettingsError
+from job.errors import MachineError, Problem, SettingsError
 from job.events import Stopped
 from job.keep.checkpoints import CHECKPOINTS, list_steps, restore_latest
 from job.keep.kept import bring_kept
@@ -65,7 +65,9 @@ class Evaluating:
         self._display.stage("fetching the kept checkpoints")
         newest = restore_latest(self._store, self._work / CHECKPOINTS, self._warn)
         if newest is None:
-            raise JobError("no checkpoint of this run is whole")
+            raise MachineError(
+                f"RUN_ID={self._run_id}: no checkpoint in the store is whole; `python -m job run` trains on from what is"
+            )
         scratch = self._work / "mirror"
         bring_kept(self._store, self._work / CHECKPOINTS, scratch=scratch, only_best=False, warn=self._warn)
         self._record.rewind(int(newest.name.removeprefix("step-")))

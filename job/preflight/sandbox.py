@@ -12,5 +12,8 @@ def check_sandbox() -> str:
     """
     verdict = run_python("pass")
     if not verdict.ok:
-        raise MachineError(f"EVAL_PROMPTS: the sandbox that answers are tested in does not work here ({verdict.reason})")
+        raise MachineError(
+            f"EVAL_PROMPTS: the sandbox that answers are tested in does not work here ({verdict.reason}); score with exact_match, "
+            "contains or json, or take another machine"
+        )
     return "answers can be tested"
