@@ -13,7 +13,7 @@ def check_sandbox() -> str:
     verdict = run_python("pass")
     if not verdict.ok:
         raise MachineError(
-            f"EVAL_PROMPTS: the sandbox that answers are tested in does not work here ({verdict.reason}); score with exact_match, "
-            "contains or json, or take another machine"
+            f"EVAL_PROMPTS: the sandbox that answers are tested in does not work here ({verdict.reason}); score by "
+            "exact_match, contains or json, or take another machine"
         )
     return "answers can be tested"
