@@ -331,10 +331,11 @@ def test_a_sandbox_ends_by_itself_when_its_parent_hangs() -> None:
 
 
 def test_sandboxes_run_beside_each_other() -> None:
+    before = threading.active_count()  # other tests of this process left some
     with ThreadPoolExecutor(4) as pool:
         verdicts = list(pool.map(lambda number: run_python(f"assert {number} % 2"), range(8)))
     assert [verdict.ok for verdict in verdicts] == [False, True] * 4
-    assert threading.active_count() < 10
+    assert threading.active_count() <= before
 
 
 def test_a_machine_that_cannot_contain_code_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
