@@ -1,10 +1,15 @@
-"""What a trainer is told: settings, a layout and folders in, one `TrainSpec` out."""
+"""What trainers are told: settings, a layout and folders in, one `TrainSpec` and each one's place among the others out."""
 
-from collections.abc import Mapping
+import os
+import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from job.deliver.finish import ADAPTER
 from job.keep.checkpoints import CHECKPOINTS
+from job.plan.hardware import one_gpu
+from job.plan.nodes import Nodes
 from job.plan.retreat import Fit, Rollback
 from job.settings import Settings
 from job.train.spec import TrainSpec
@@ -26,6 +31,8 @@ def assign(
     rollback: Rollback,
     save_interval_seconds: float,
     expect_gpu: bool,
+    num_devices: int = 1,
+    parallel: Literal["ddp", "fsdp"] | None = None,
     tracker_id: str | None = None,
 ) -> TrainSpec:
     """The spec of a training, or of an evaluation after it.
@@ -51,6 +58,8 @@ def assign(
         save_interval_seconds=save_interval_seconds,
         save_steps=settings.keep.save_steps,
         save_total_limit=settings.keep.save_total_limit,
+        num_devices=num_devices,
+        parallel=parallel,
         expect_gpu=expect_gpu,
         is_shuffled=settings.data.order == "shuffle",
         activation_checkpointing=fit.activation_checkpointing,
@@ -61,3 +70,42 @@ def assign(
         tracker_id=tracker_id,
         trackers_dir=work / "trackers",
     )
+
+
+def rank_environs(
+    nodes: Nodes, environ: Mapping[str, str], *, num_gpus: int, warn: Callable[[str], None]
+) -> list[dict[str, str]]:
+    """What each of this machine's trainer processes has in its environment: its place, and its device.
+
+    Args:
+        nodes: how they are spread over machines.
+        num_gpus: of this machine; without one they train on the CPU.
+    """
+    device = {} if num_gpus else dict(CPU_ENVIRON)
+    if nodes.num_processes == 1:
+        return [one_gpu(environ, num_gpus, warn) if num_gpus else device]
+    if not num_gpus:
+        device["OMP_NUM_THREADS"] = environ.get("OMP_NUM_THREADS", str(max(1, _num_cores() // nodes.processes_per_node)))
+    port = nodes.master_port or _free_port()
+    return [
+        {
+            **device,
+            "RANK": str(nodes.node_rank * nodes.processes_per_node + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(nodes.num_processes),
+            "LOCAL_WORLD_SIZE": str(nodes.processes_per_node),
+            "MASTER_ADDR": nodes.master_address,
+            "MASTER_PORT": str(port),
+        }
+        for local_rank in range(nodes.processes_per_node)
+    ]
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

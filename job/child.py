@@ -30,7 +30,8 @@ from job.train.spec import FetchSpec, MeasureSpec, MergeSpec, PrepareSpec, Train
 def main(stage: str, spec_file: Path) -> int:
     """Run one stage; the returned status is one of errors.py."""
     threading.Thread(target=_die_with_the_supervisor, daemon=True).start()
-    events = EventWriter(int(os.environ[EVENTS_FD]) if EVENTS_FD in os.environ else None)
+    fd = int(os.environ[EVENTS_FD]) if EVENTS_FD in os.environ else None
+    events = EventWriter(fd, only_last=os.environ.get("LOCAL_RANK", "0") != "0")
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     stop = StopSignal()
     events.shield = stop.shielded
@@ -87,9 +88,11 @@ def _run(stage: str, spec: str, events: EventWriter, stop: StopSignal) -> int:
 
         merge(MergeSpec.model_validate_json(spec), events)
     else:
+        from job.train.ranks import Ranks
         from job.train.trainer import train
 
-        return train(TrainSpec.model_validate_json(spec), events, stop, os.environ.get("JOB_FAULT", ""))
+        ranks = Ranks.from_environ(os.environ)
+        return train(TrainSpec.model_validate_json(spec), events, stop, os.environ.get("JOB_FAULT", ""), ranks)
     return 0
 
 

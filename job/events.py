@@ -222,18 +222,22 @@ _ADAPTER: TypeAdapter[Event] = TypeAdapter(Event)
 
 
 class EventWriter:
-    """Writes events to the pipe; without one, to nowhere (a stage called by hand)."""
+    """Writes events to the pipe; without one, to nowhere (a stage called by hand).
+
+    Args:
+        only_last: leave out all but the last word, because another rank tells the rest.
+    """
 
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, fd: int | None) -> None:
-        self._fd = fd
+    def __init__(self, fd: int | None, *, only_last: bool = False) -> None:
+        self._fd, self._only_last = fd, only_last
         self.shield: Callable[[], AbstractContextManager[object]] = nullcontext
         """Entered around each write: a signal's exception in the middle would tear the line."""
         self.written_at = time.monotonic()
 
     def write(self, event: Event) -> None:
-        if self._fd is None:
+        if self._fd is None or (self._only_last and not isinstance(event, Ended | Failed)):
             return
         line = event.model_dump_json().encode() + b"\n"
         with self.shield(), self._lock:

@@ -4,30 +4,24 @@ Imports no torch. A child that is killed leaves end of file on its pipe; a super
 standard input, and the child ends itself.
 """
 
-import os
-import queue
 import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from job.errors import JobError, MachineError, error_for_status
-from job.events import EVENTS_FD, Ended, Event, Failed, Stopped, read_events
+from job.events import Ended, Event, Failed, Stopped
+from job.processes import Processes
 from job.redaction import redact_model
 from job.stopping import StopRequest
 from job.train.trackers import CREDENTIALS
 
 STACKS_SECONDS = 2.0
 """How long a process that hangs may take to write its stacks."""
-
-OUTPUT_SECONDS = 2.0
-"""How long the last lines of a child are waited for: a process that it left behind may hold the pipe open."""
 
 SECRET_NAMES = (
     "HF_TOKEN",
@@ -50,9 +44,23 @@ QUIET = {
 """Libraries' own bars and remarks would tear our lines apart; set one of these to hear them again."""
 
 
+PLACE_NAMES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE"),
+)
+"""An engine's word on which of several processes this is: libraries would wait for the others in stages that have none."""
+
+
 def child_environ(environ: Mapping[str, str], secrets: Mapping[str, str], allowed: tuple[str, ...] = ()) -> dict[str, str]:
     """The environment without a credential, but for those that this child needs."""
-    hidden = {*SECRET_NAMES, *(f"{name}_FILE" for name in SECRET_NAMES)}
+    hidden = {*SECRET_NAMES, *(f"{name}_FILE" for name in SECRET_NAMES), *PLACE_NAMES}
     kept = {name: value for name, value in environ.items() if name not in hidden}
     quiet = {name: kept.get(name, value) for name, value in QUIET.items()}
     return kept | quiet | {name: secrets[name] for name in allowed if name in secrets}
@@ -85,6 +93,7 @@ def run_child(
     redact: Callable[[str], str] = str,
     on_output: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     hang_seconds: float | None = None,
+    ranks: Sequence[Mapping[str, str]] = ({},),
 ) -> None:
     """Run a stage in a process of its own until it ends.
 
@@ -99,6 +108,7 @@ def run_child(
         redact: applied to all texts of its events, whatever a library put into them.
         on_output: called in a thread with each line that the child prints, tracebacks too.
         hang_seconds: without an event for so long, the child writes down its stacks (SIGUSR1) and is killed.
+        ranks: what each of several processes has in its environment beside `environ`; the first one's events count.
 
     Raises:
         ChildFailedError: carries the error to exit with, and why the attempt stopped.
@@ -106,61 +116,36 @@ def run_child(
     folder.mkdir(parents=True, exist_ok=True)
     spec_file = folder / f"{stage}.json"
     spec_file.write_text(spec.model_dump_json(indent=1), "utf-8")
-    reader, writer = os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "job.child", stage, str(spec_file)],
-        env={**environ, EVENTS_FD: str(writer)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        pass_fds=(writer,),
-        process_group=0,  # a Ctrl-C at the terminal reaches us alone, and we pass it on
-    )
-    os.close(writer)
-    printed = _pass_on(process, on_output)
-    last: Event | None = None
     is_stopping = False
     heard_at, has_hung, kills_before = time.monotonic(), False, _num_oom_kills()
+    processes = Processes(stage, spec_file, [{**environ, **rank} for rank in ranks], on_output)
     try:
-        for event in _Events(reader):
+        for event in processes:
             if event is not None:
-                last, heard_at = redact_model(event, redact), time.monotonic()
-                on_event(last)
+                heard_at = time.monotonic()
+                on_event(redact_model(event, redact))
             if hang_seconds is not None and not has_hung and time.monotonic() - heard_at > hang_seconds:
                 has_hung = True
-                process.send_signal(signal.SIGUSR1)
+                processes.signal(signal.SIGUSR1)
                 time.sleep(STACKS_SECONDS)
-                process.kill()
+                processes.kill()
             if stop.is_asked() and not is_stopping:
                 is_stopping = True
-                process.terminate()
+                processes.signal(signal.SIGTERM)
             if is_stopping and stop.seconds_left(grace_seconds) <= 0:
-                process.kill()
+                processes.kill()
             on_idle()
-        status = process.wait()
+        statuses = processes.wait()
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        printed.join(OUTPUT_SECONDS)
+        processes.put_away()
+    deciding = processes.deciding
+    last = processes.last[deciding]
+    last = None if last is None else redact_model(last, redact)
     if has_hung and not isinstance(last, (Ended, Failed)):
         message = f"HANG_SECONDS={hang_seconds:g}: the {stage} process was silent for longer and was killed"
         raise ChildFailedError(MachineError(message), Stopped.CRASHED, has_hung=True)
-    _judge(stage, status, last, stop, is_stopping=is_stopping, out_of_host_memory=_num_oom_kills() > kills_before)
-
-
-def _pass_on(process: "subprocess.Popen[bytes]", on_output: Callable[[str], None]) -> threading.Thread:
-    """Read what the child prints, until it and its children have closed their end."""
-
-    def read() -> None:
-        assert process.stdout is not None
-        with process.stdout as lines:
-            for line in lines:
-                on_output(line.decode("utf-8", "replace").rstrip("\r\n"))
-
-    thread = threading.Thread(target=read, name="output", daemon=True)
-    thread.start()
-    return thread
+    out_of_memory = _num_oom_kills() > kills_before
+    _judge(stage, statuses[deciding], last, stop, is_stopping=is_stopping, out_of_host_memory=out_of_memory)
 
 
 def _num_oom_kills() -> int:
@@ -172,40 +157,6 @@ def _num_oom_kills() -> int:
                 if name == "oom_kill":
                     return int(number)
     return 0
-
-
-class _Events:
-    """Events as they come, None after each second without one; ends with end of file."""
-
-    _END = object()
-
-    def __init__(self, reader: int) -> None:
-        self._queue: queue.Queue[object] = queue.Queue()
-        self._error: Exception | None = None
-        threading.Thread(target=self._read, args=(reader,), daemon=True).start()
-
-    def __iter__(self) -> "_Events":
-        return self
-
-    def __next__(self) -> Event | None:
-        try:
-            item = self._queue.get(timeout=1.0)
-        except queue.Empty:
-            return None
-        if item is self._END:
-            if self._error:
-                raise self._error
-            raise StopIteration
-        return item  # type: ignore[return-value]
-
-    def _read(self, reader: int) -> None:
-        try:
-            with os.fdopen(reader, encoding="utf-8") as pipe:
-                for event in read_events(pipe):
-                    self._queue.put(event)
-        except Exception as error:  # handed to the thread that iterates
-            self._error = error
-        self._queue.put(self._END)
 
 
 def _judge(

@@ -17,7 +17,7 @@ STEPS = (
     ("__init__",),
     ("errors", "redaction", "events", "settings"),
     ("plan", "data", "keep", "scoring"),
-    ("train", "stopping", "supervise", "display", "energy"),
+    ("train", "stopping", "processes", "supervise", "display", "energy"),
     ("deliver", "preflight", "prepared"),
     ("sizing", "speeds", "foresight", "assignment"),
     ("child", "planning"),

@@ -66,11 +66,12 @@ class Attempt:
     """One trainer process; its events as they come."""
 
     def __init__(self, spec: TrainSpec, folder: Path, environ: dict[str, str], stage: str = "train") -> None:
+        rank = environ.get("RANK", "0")
         self.spec, self.events = spec, list[Event]()
         self._changed = threading.Condition()
-        file = folder / "train.json"
+        file = folder / f"train-{rank}.json"
         file.write_text(spec.model_dump_json(), "utf-8")
-        self._printed = folder / "printed.txt"
+        self._printed = folder / f"printed-{rank}.txt"
         events, writer = _server.Pipe(duplex=False)
         stdin, self._alive = _server.Pipe(duplex=False)
         self.process = _server.Process(target=_run, args=(stage, file, self._printed, writer, stdin, environ))

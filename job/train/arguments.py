@@ -47,6 +47,7 @@ def make_arguments(spec: TrainSpec, *, has_eval: bool) -> SFTConfig:
         "save_strategy": "no",  # Watch decides when
         "report_to": "none",  # Curves does it; transformers' own callbacks would fail and wait inside the loop
         "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
         "max_length": None,  # the examples are within MAX_LENGTH already
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "dataloader_pin_memory": gpu,

@@ -83,7 +83,8 @@ def build(spec: TrainSpec, events: EventWriter, watch: Watch, faults: Faults) ->
 
 def lengths(trainer: Loop) -> Any:
     """Tokens of each training example."""
-    return pyarrow.compute.list_value_length(trainer.train_dataset.data.column("input_ids")).to_numpy()
+    found = pyarrow.compute.list_value_length(trainer.train_dataset.data.column("input_ids")).to_numpy()
+    return found[:-1] if trainer.are_several else found  # the last one is a filler
 
 
 def room_tokens(trainer: Loop, spec: TrainSpec) -> int:

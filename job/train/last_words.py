@@ -63,6 +63,15 @@ def out_of_memory(error: Exception, spec: TrainSpec, watch: Watch) -> Failed | N
     )
 
 
+def peer_lost(error: Exception, watch: Watch) -> Failed | None:
+    """The last word of a rank whose peers are gone; None when that is not what happened."""
+    text = watch.ranks.lost(error)
+    if text is None:
+        return None
+    message = f"another trainer process of this run ended in the middle of it ({text}); start again to continue"
+    return Failed(exit_status=MachineError.exit_status, message=message, phase=watch.phase, step=watch.step)
+
+
 def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())

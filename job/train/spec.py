@@ -1,6 +1,7 @@
 """What the supervisor tells its child processes: one JSON file per stage. Imports nothing heavy, holds no secret."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -61,6 +62,10 @@ class TrainSpec(_Spec):
     save_steps: int | None
     save_total_limit: int = 3
     """Checkpoints that are kept, beside the best one: each answers the prompts at the end."""
+    num_devices: int = 1
+    """Processes (ranks) that train together; accumulation is of each."""
+    parallel: Literal["ddp", "fsdp"] | None = None
+    """How several share the work: the model on each, or its weights among them."""
     expect_gpu: bool
     """Whether the driver showed a GPU; training on the CPU at a GPU's price is refused."""
     is_shuffled: bool = True

@@ -1,6 +1,7 @@
 """What a checkpoint holds and how it comes back: adapter, optimizer, schedule, random numbers, counters.
 
-Pickles are only ever read with `weights_only=True`, onto the CPU first. What is not handled: several ranks.
+Pickles are only ever read with `weights_only=True`, onto the CPU first. Of several ranks each holds the same, and the first
+writes it; their random numbers need no place, see `Ranks.throw_dice`.
 """
 
 import copy
@@ -61,12 +62,16 @@ class Snapshot:
     guard: Mapping[str, Any]
 
 
-def save_checkpoint(trainer: Any, snapshot: Snapshot, evaluations: Mapping[int, float], *, scratch: Path, folder: Path) -> Path:
-    """Write a whole checkpoint of the snapshot's step below `folder`; returns it.
+def save_checkpoint(
+    trainer: Any, snapshot: Snapshot, evaluations: Mapping[int, float], *, scratch: Path, folder: Path
+) -> Path | None:
+    """Write a whole checkpoint of the snapshot's step below `folder`; returns it, and None where another rank writes it.
 
     Raises:
         MachineError, OSError: the disk is full. What was there before is untouched, and nothing half written is sealed.
     """
+    if not trainer.accelerator.is_main_process:
+        return None
     model = trainer.accelerator.unwrap_model(trainer.model)
     optimizer, adapter = trainer.optimizer.state_dict(), get_peft_model_state_dict(model, save_embedding_layers=False)
     make_room(folder, 2 * (_num_bytes(adapter) + _num_bytes(optimizer)))  # twice: its neighbours want to live as well

@@ -17,28 +17,34 @@ from job.train.choose import Choice, choose
 from job.train.curves import Curves
 from job.train.faults import Faults
 from job.train.guards import DivergenceError
-from job.train.last_words import diverged, out_of_memory, peak_memory_bytes, preempted
+from job.train.last_words import diverged, out_of_memory, peak_memory_bytes, peer_lost, preempted
 from job.train.loop import Loop
 from job.train.order import tokens_of_steps
 from job.train.preempt import StoppedError, StopSignal, end_process
+from job.train.ranks import Ranks
 from job.train.spec import TrainSpec
 from job.train.state import load_adapter
 from job.train.watch import Watch
 
 
-def train(spec: TrainSpec, events: EventWriter, stop: StopSignal, fault: str = "") -> int:
+def train(spec: TrainSpec, events: EventWriter, stop: StopSignal, fault: str = "", ranks: Ranks | None = None) -> int:
     """Train to the end or until stopped; ends with an `Ended` or a `Failed` event, and returns the exit status.
 
     Args:
         fault: what to break on purpose; see faults.py.
+        ranks: which of several trainer processes this is.
 
     Raises:
         JobError: what is no matter of memory, signals or losses.
     """
     stop.exit_at_once(lambda text: events.write(preempted(text)))
     faults = Faults(fault, spec.checkpoints_dir.parent)
-    watch = Watch(spec, events, stop, faults)
-    curves = Curves(spec, lambda text: events.write(Warned(text=text)))
+    ranks = ranks or Ranks()
+    if ranks.local_rank:
+        spec = spec.model_copy(update={"scratch_dir": spec.scratch_dir.with_name(f"{spec.scratch_dir.name}-{ranks.local_rank}")})
+    watch = Watch(spec, events, stop, faults, ranks)
+    ranks.meet(watch.beat)
+    curves = Curves(spec if ranks.is_first else _untracked(spec), lambda text: events.write(Warned(text=text)))
     try:
         ended = _train(spec, events, watch, curves, stop, faults)
         is_free = curves.close(is_finished=True)
@@ -49,7 +55,7 @@ def train(spec: TrainSpec, events: EventWriter, stop: StopSignal, fault: str = "
     except DivergenceError as error:
         failed = diverged(error, spec, watch)
     except Exception as error:
-        failed = out_of_memory(error, spec, watch)
+        failed = out_of_memory(error, spec, watch) or peer_lost(error, watch)
         if failed is None:
             raise
     # Outside the except block: what the frames of the failed step held is free again.
@@ -73,9 +79,11 @@ def train(spec: TrainSpec, events: EventWriter, stop: StopSignal, fault: str = "
 def _train(spec: TrainSpec, events: EventWriter, watch: Watch, curves: Curves, stop: StopSignal, faults: Faults) -> Ended:
     tokenizer, trainer, has_eval = build(spec, events, watch, faults)
     trainer.add_callback(curves)
-    sample_seconds = time_answers(
-        trainer.model, tokenizer, spec, room_tokens=room_tokens(trainer, spec), num_models=_num_models(spec)
-    )
+    sample_seconds = 0.0
+    if _answers(spec, watch):
+        sample_seconds = time_answers(
+            trainer.model, tokenizer, spec, room_tokens=room_tokens(trainer, spec), num_models=_num_models(spec)
+        )
     events.write(Ordered(num_tokens=_count_tokens(trainer, spec), sample_seconds=sample_seconds))
     if spec.resume_from is not None and (watch.step >= spec.num_steps or watch.lacks_evaluation() or watch.has_stopped_early):
         load_adapter(trainer, spec.resume_from)
@@ -86,6 +94,8 @@ def _train(spec: TrainSpec, events: EventWriter, watch: Watch, curves: Curves, s
         trainer.train(resume_from_checkpoint=str(spec.resume_from) if spec.resume_from else None)
         stop.exit_at_once(lambda text: events.write(preempted(text)))
         evaluate_step(trainer, watch, events, has_eval=has_eval)
+    if not watch.ranks.is_first:
+        return Ended(stopped=Stopped.FINISHED, step=watch.step, peak_memory_bytes=peak_memory_bytes())
     choice = Choice(
         trainer, tokenizer, spec, events, last_step=watch.step, losses=watch.evaluations, room_tokens=room_tokens(trainer, spec)
     )
@@ -97,6 +107,15 @@ def _train(spec: TrainSpec, events: EventWriter, watch: Watch, curves: Curves, s
         chosen_step=choice.step,
         chosen_by=choice.by,
     )
+
+
+def _answers(spec: TrainSpec, watch: Watch) -> bool:
+    """Whether this rank answers prompts at the end: alone, so weights that are shared among several give no answers."""
+    return watch.ranks.is_first and spec.parallel != "fsdp"
+
+
+def _untracked(spec: TrainSpec) -> TrainSpec:
+    return spec.model_copy(update={"train": spec.train.model_copy(update={"report_to": ()})})
 
 
 def _num_models(spec: TrainSpec) -> int:
@@ -112,7 +131,7 @@ def _count_tokens(trainer: Loop, spec: TrainSpec) -> int | None:
     return tokens_of_steps(
         lengths(trainer),
         num_steps=spec.num_steps,
-        examples_per_step=spec.micro_batch * spec.gradient_accumulation_steps,
+        examples_per_step=spec.micro_batch * spec.gradient_accumulation_steps * spec.num_devices,
         seed=trainer.args.data_seed,
         is_shuffled=trainer.args.train_sampling_strategy == "random",
     )

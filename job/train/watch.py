@@ -1,6 +1,7 @@
 """The trainer's callback: steps, evaluations and checkpoints become events; time, signals and losses decide what comes next.
 
-What is not handled: checkpoints of several ranks. Ranks agree on the step at which they stop; that was never run.
+Of several ranks the first saves, and its signals stop the run at once: what it holds after a step, all of them hold. A signal to
+another one is told to all with the losses of its next step. With weights that are shared among the ranks (fsdp), all stop so.
 """
 
 import math
@@ -16,6 +17,7 @@ from job.events import Evaluated, EventWriter, Phase, Progress, Saved, Stepped
 from job.train.faults import Faults
 from job.train.guards import DivergenceError, LossGuard
 from job.train.preempt import StoppedError, StopSignal
+from job.train.ranks import Ranks
 from job.train.spec import TrainSpec
 from job.train.state import OURS, Snapshot, save_checkpoint, saved_state, take_rng
 
@@ -34,8 +36,12 @@ class Watch(TrainerCallback):
         evaluations: held-out loss by step, of earlier attempts too.
     """
 
-    def __init__(self, spec: TrainSpec, events: EventWriter, stop: StopSignal, faults: Faults) -> None:
+    def __init__(
+        self, spec: TrainSpec, events: EventWriter, stop: StopSignal, faults: Faults, ranks: Ranks | None = None
+    ) -> None:
         self._spec, self._events, self._stop, self._faults = spec, events, stop, faults
+        self.ranks = ranks or Ranks()
+        self._all_stop = False
         self.trainer: Any = None
         self.phase, self.is_updating = Phase.LOAD, False
         self.step, self.evaluations = 0, dict[int, float]()
@@ -82,12 +88,13 @@ class Watch(TrainerCallback):
         self._guard.has_scaler = self.trainer.accelerator.scaler is not None
         self.phase = Phase.TRAIN
         self._started = self._saved_at = time.monotonic()
-        if torch.distributed.is_initialized():
-            self._stop.hold()  # a rank that stopped alone would leave the others waiting for its gradients
+        if self.ranks.are_several and (not self.ranks.is_first or self._spec.parallel == "fsdp"):
+            self._stop.hold()  # the first one may still need this one, for what it has begun or for its share of the weights
         self._stop.begin_steps()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._stop.check()
+        self.ranks.throw_dice(args.seed, state.global_step)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._stop.check()
@@ -96,18 +103,35 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Judge the step before it is applied: what is saved later is never of a diverged step."""
         if not self.trainer.is_skipping:
-            loss, self._grad_norm = self.trainer.take_loss_and_norm()
+            loss, self._grad_norm = self._agree(*self.trainer.take_loss_and_norm())
             self._learning_rate = float(self.trainer.lr_scheduler.get_last_lr()[0])
             self._guard.check(state.global_step + 1, loss, self._grad_norm)
             self._losses.append(loss)
         self._stop.hold()
         self.is_updating = True
 
+    def _agree(self, loss: float, norm: float) -> tuple[float, float]:
+        """The step's loss and gradient norm over all ranks; on the way they tell each other who was stopped and what is due.
+
+        The norm is that of summed gradients, so every rank has the same; the first one's word counts, to the last bit.
+        """
+        if not self.ranks.are_several:
+            return loss, norm
+        is_first = float(self.ranks.is_first)
+        words = [loss, norm * is_first, float(self._stop.received is not None), self._is_time_to_save() * is_first]
+        loss, norm, num_stopped, num_due = self.ranks.total(words, self.trainer.args.device)
+        self._all_stop, self._is_due = num_stopped > 0, self._is_due or num_due > 0
+        return loss / self.ranks.num, norm
+
+    def _is_time_to_save(self) -> bool:
+        return not self._spec.save_steps and time.monotonic() - self._saved_at >= self._spec.save_interval_seconds
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._faults.strike("update", state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step = state.global_step
+        state.num_input_tokens_seen -= self.trainer.filler_tokens(self.step)
         self._snapshot = Snapshot(
             step=state.global_step,
             epoch=state.epoch,
@@ -119,13 +143,13 @@ class Watch(TrainerCallback):
         self.is_updating = False
         if (measured := self.trainer.gauge.take()) is not None:
             self._events.write(measured)
-        steps, interval = self._spec.save_steps, self._spec.save_interval_seconds
-        if state.global_step % steps == 0 if steps else time.monotonic() - self._saved_at >= interval:
+        steps = self._spec.save_steps
+        if (steps and state.global_step % steps == 0) or (not self.ranks.are_several and self._is_time_to_save()):
             self._is_due = True
         is_last = state.global_step >= state.max_steps
         if is_last or (self._is_due and not self._guard.is_suspicious):
             control.should_save = control.should_log = True
-        if torch.distributed.is_initialized() and _one_was_stopped(self._stop, args.device):
+        if self._all_stop:
             raise StoppedError
         self._stop.release()
 
@@ -174,7 +198,8 @@ class Watch(TrainerCallback):
                 folder=self._spec.checkpoints_dir,
             )
             self._saved_at, self._saved_step, self._is_due = time.monotonic(), snapshot.step, False
-            self._events.write(Saved(step=snapshot.step, path=str(path), seconds=self._saved_at - begun))
+            if path is not None:
+                self._events.write(Saved(step=snapshot.step, path=path, seconds=self._saved_at - begun))
             self.phase = phase
 
     def _report(self) -> None:
@@ -199,10 +224,3 @@ def _memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.memory_reserved())
     return int(psutil.Process().memory_info().rss)
-
-
-def _one_was_stopped(stop: StopSignal, device: torch.device) -> bool:
-    """Whether a signal reached any rank; all of them call this at the same step."""
-    flag = torch.tensor(int(stop.received is not None), device=device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
