@@ -163,7 +163,7 @@ class Training:
                 "model": ModelSettings(model_id=str(self._model)),
                 "lora": LoraSettings(**lora),
                 "train": TrainSettings(**train),
-                "evaluate": EvaluateSettings(**options.pop("evaluate", {})),
+                "evaluate": EvaluateSettings(**{"eval_max_new_tokens": 4, **options.pop("evaluate", {})}),
                 "system_prompt": None,
                 "model_dir": self._model,
                 "data_dir": self._data,

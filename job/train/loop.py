@@ -94,7 +94,12 @@ class Loop(SFTTrainer):
 
     def _shares(self) -> Shares:
         seed = self.args.data_seed if self.args.train_sampling_strategy == "random" else None
-        return Shares(len(self.train_dataset) - 1, multiple=self.args.per_device_train_batch_size * self._ranks.num, seed=seed)
+        return Shares(
+            len(self.train_dataset) - 1,
+            multiple=self.args.per_device_train_batch_size * self._ranks.num,
+            seed=seed,
+            epoch=lambda: self.state.global_step // self._steps_per_epoch,
+        )
 
     # What follows is called by transformers.
 

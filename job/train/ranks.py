@@ -145,15 +145,14 @@ class Shares(Sampler[int]):
         num_rows: real rows; the row after them is the filler, of which nothing is learned.
         multiple: rows of a micro-batch of all ranks.
         seed: of the shuffled order, as accelerate's SeedableRandomSampler has it; None for the order of the rows.
+        epoch: asked at the begin of each pass. accelerate's `set_epoch` does not reach the sampler of a rank that was resumed in
+            the middle of an epoch (1.15: SkipBatchSampler around BatchSamplerShard), and the run would go on with the rows of
+            the first epoch.
     """
 
-    def __init__(self, num_rows: int, *, multiple: int, seed: int | None) -> None:
-        self._num_rows, self._seed, self._epoch = num_rows, seed, 0
+    def __init__(self, num_rows: int, *, multiple: int, seed: int | None, epoch: Callable[[], int] = lambda: 0) -> None:
+        self._num_rows, self._seed, self._epoch = num_rows, seed, epoch
         self.num_fillers = -num_rows % multiple
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate."""
-        self._epoch = epoch
 
     def order(self, epoch: int) -> list[int]:
         """The real rows of an epoch."""
@@ -164,7 +163,7 @@ class Shares(Sampler[int]):
         return shuffled
 
     def __iter__(self) -> Iterator[int]:
-        yield from self.order(self._epoch)
+        yield from self.order(self._epoch())
         yield from [self._num_rows] * self.num_fillers
 
     def __len__(self) -> int:
