@@ -4,7 +4,6 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 from job.deliver.finish import ADAPTER
 from job.keep.checkpoints import CHECKPOINTS
@@ -31,8 +30,7 @@ def assign(
     rollback: Rollback,
     save_interval_seconds: float,
     expect_gpu: bool,
-    num_devices: int = 1,
-    parallel: Literal["ddp", "fsdp"] | None = None,
+    order_id: str = "",
     tracker_id: str | None = None,
 ) -> TrainSpec:
     """The spec of a training, or of an evaluation after it.
@@ -58,8 +56,9 @@ def assign(
         save_interval_seconds=save_interval_seconds,
         save_steps=settings.keep.save_steps,
         save_total_limit=settings.keep.save_total_limit,
-        num_devices=num_devices,
-        parallel=parallel,
+        num_devices=fit.num_devices,
+        parallel=fit.parallel,
+        order_id=order_id,
         expect_gpu=expect_gpu,
         is_shuffled=settings.data.order == "shuffle",
         activation_checkpointing=fit.activation_checkpointing,

@@ -29,7 +29,7 @@ from job.errors import (
 )
 from job.evaluating import Evaluating, check_has_checkpoints
 from job.events import Stopped
-from job.keep.checkpoints import DamagedError, delete_folder, get_folder
+from job.following import Following
 from job.keep.ledger import Ledger
 from job.keep.mirror import is_whole
 from job.keep.store import Store, hurried, write_text
@@ -40,6 +40,7 @@ from job.settings import Settings
 from job.stages import Stages
 from job.stopping import StopRequest
 from job.supervise import ChildFailedError
+from job.trained import has_adapter
 
 STOPPED: dict[type[JobError], Stopped] = {PreemptedError: Stopped.PREEMPTED, BudgetError: Stopped.BUDGET}
 
@@ -105,7 +106,20 @@ class Run:
         self._stages.on_saved = self._ending.on_event
 
     def start(self) -> int:
-        """Do whatever is left of the run; returns 0, or raises the JobError to exit with."""
+        """Do whatever is left of the run, or this machine's part of it; returns 0, or raises the JobError to exit with."""
+        following = Following(
+            self._settings,
+            run_id=self._run_id,
+            store=self._store,
+            work=self._work,
+            environ=self._environ,
+            display=self._display,
+            stop=self._stop,
+            stages=self._stages,
+        )
+        return following.share(self._lead, lambda: self._record.model_dir)
+
+    def _lead(self) -> int:
         with self._stop.at_once():
             store = hurried(self._store)
             is_done = DONE in store.list(DONE) and is_whole(store, ADAPTER)
@@ -217,26 +231,6 @@ class Run:
                 raise failure.error from None
         return 0
 
-    def _is_trained(self, *, may_train: bool) -> bool:
-        """Whether the store holds the adapter; a damaged one is deleted, and made again from the last checkpoint.
-
-        Raises:
-            MachineError: it is damaged, and nothing may be trained.
-        """
-        if not is_whole(self._store, ADAPTER):
-            return False
-        try:
-            get_folder(self._store, ADAPTER, self._work / ADAPTER)
-        except DamagedError as error:
-            if not may_train:
-                raise MachineError(
-                    f"the adapter in the store is damaged ({error}); `python -m job run` makes it again"
-                ) from error
-            self._display.say(f"warning: the adapter in the store is damaged and is made again: {error}")
-            delete_folder(self._store, ADAPTER)
-            return False
-        return True
-
     @contextmanager
     def _locked(self) -> Iterator[None]:
         try:
@@ -251,7 +245,7 @@ class Run:
 
     def _start(self, *, may_train: bool = True) -> int:
         with self._stop.at_once():
-            trained = self._is_trained(may_train=may_train)
+            trained = has_adapter(self._store, self._work, self._display.say, may_train=may_train)
             ledger = Ledger(self._store, self._work, price_usd_per_hour=self._usd_per_hour, started=self._started)
             budget = self._stages.charge(ledger, is_trained=trained)
             self._display.stage("checking this machine, the store, the model and the data")

@@ -4,7 +4,7 @@ Each raises ChildFailedError when its process fails, and other JobErrors for the
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from job.data.tally import DROPPED, TALLY, Tally, describe, load_tally
 from job.deliver.record import Record
 from job.display import Display
-from job.errors import JobError
+from job.errors import JobError, MachineError
 from job.events import Event, Fetched
 from job.foresight import Foresight
 from job.keep.budget import Budget
@@ -124,6 +124,17 @@ class Stages:
             self._display.say(line)
         return folder
 
+    def restore_prepared(self) -> Path:
+        """The data that another machine of this run has prepared; returns its folder.
+
+        Raises:
+            MachineError: they are not in the store.
+        """
+        folder = prepared_folder(self._settings)
+        if not self._restore_prepared(folder, prepared_name(self._settings)):
+            raise MachineError(f"OUTPUT_URI={self._store.uri}: does not hold the data that the first machine has prepared")
+        return folder
+
     def _restore_prepared(self, folder: Path, name: str) -> bool:
         """Whether the data that this run has prepared before lies in `folder` now."""
         if self._settings.data.keep_dropped and f"{name}/{DROPPED}" not in self._store.list(f"{name}/{DROPPED}"):
@@ -158,6 +169,7 @@ class Stages:
             budget=self._budget,
             foresight=foresight,
             start_child=self.run_child,
+            nodes=self.planner.nodes,
         )
         self._training.run(data_dir, plan)
         self._remember_speed(foresight)
@@ -213,8 +225,15 @@ class Stages:
         allowed: tuple[str, ...],
         environ: Mapping[str, str] | None = None,
         hang_seconds: float | None = None,
+        ranks: Sequence[Mapping[str, str]] = ({},),
+        is_pointless: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Run a stage in a process of its own, with its events shown and recorded. Raises ChildFailedError."""
+        """Run a stage in a process of its own, with its events shown and recorded. Raises ChildFailedError.
+
+        Args:
+            ranks: what each of several processes has in its environment beside the others'.
+            is_pointless: asked about once a second; then the processes are killed.
+        """
         self._stop.check()
 
         def idle() -> None:
@@ -234,6 +253,8 @@ class Stages:
             redact=self._display.redact,
             on_output=self._display.say,
             hang_seconds=hang_seconds,
+            ranks=ranks,
+            is_pointless=is_pointless,
         )
 
     def _quiet_child(

@@ -94,6 +94,7 @@ def run_child(
     on_output: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     hang_seconds: float | None = None,
     ranks: Sequence[Mapping[str, str]] = ({},),
+    is_pointless: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run a stage in a process of its own until it ends.
 
@@ -109,6 +110,7 @@ def run_child(
         on_output: called in a thread with each line that the child prints, tracebacks too.
         hang_seconds: without an event for so long, the child writes down its stacks (SIGUSR1) and is killed.
         ranks: what each of several processes has in its environment beside `environ`; the first one's events count.
+        is_pointless: asked about once a second; then the processes are killed.
 
     Raises:
         ChildFailedError: carries the error to exit with, and why the attempt stopped.
@@ -132,7 +134,7 @@ def run_child(
             if stop.is_asked() and not is_stopping:
                 is_stopping = True
                 processes.signal(signal.SIGTERM)
-            if is_stopping and stop.seconds_left(grace_seconds) <= 0:
+            if is_pointless() or (is_stopping and stop.seconds_left(grace_seconds) <= 0):
                 processes.kill()
             on_idle()
         statuses = processes.wait()

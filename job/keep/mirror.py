@@ -75,6 +75,20 @@ class Mirror:
             self._wanted = step
             self._wake.notify()
 
+    def settle(self, step: int) -> None:
+        """Wait until the checkpoint of this step is in the store, while the work goes on afterwards.
+
+        Raises:
+            NetworkError: it is not there in time.
+        """
+        deadline = time.monotonic() + self._patience_seconds
+        if not self._is_stored(step):
+            self.offer(step)
+        while not self._is_stored(step):
+            if time.monotonic() > deadline:
+                raise NetworkError(f"OUTPUT_URI={self._store.uri}: checkpoint {step} was not stored in time ({self._error})")
+            time.sleep(0.1)
+
     def finish(self, timeout_seconds: float | None = None, *, stopped: Callable[[], bool] = lambda: True) -> None:
         """Wait until the newest checkpoint is in the store, and stop.
 

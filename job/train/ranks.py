@@ -56,10 +56,11 @@ class Ranks:
     def are_several(self) -> bool:
         return self.num > 1
 
-    def meet(self, tell: Callable[[str], None], *, meet_seconds: float = MEET_SECONDS) -> None:
+    def meet(self, tell: Callable[[str], None], *, order_id: str = "", meet_seconds: float = MEET_SECONDS) -> None:
         """Wait for the others, and join them.
 
         Args:
+            order_id: of this start; who has another one is late.
             tell: called now and then with what is waited for: whoever watches must not take it for a hang.
 
         Raises:
@@ -70,6 +71,10 @@ class Ranks:
         deadline = time.monotonic() + meet_seconds
         try:
             store = self._store(tell, deadline)
+            if self.is_first:
+                store.set("order", order_id)
+            if store.get("order").decode() != order_id:
+                raise MachineError("this start of the trainer is over: the first machine has begun another")
             store.set(f"here-{self.rank}", "")
             while missing := [rank for rank in range(self.num) if not store.check([f"here-{rank}"])]:
                 if time.monotonic() > deadline:

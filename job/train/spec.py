@@ -66,6 +66,8 @@ class TrainSpec(_Spec):
     """Processes (ranks) that train together; accumulation is of each."""
     parallel: Literal["ddp", "fsdp"] | None = None
     """How several share the work: the model on each, or its weights among them."""
+    order_id: str = ""
+    """Names this start; ranks with another one belong to an earlier start."""
     expect_gpu: bool
     """Whether the driver showed a GPU; training on the CPU at a GPU's price is refused."""
     is_shuffled: bool = True

@@ -43,7 +43,7 @@ def train(spec: TrainSpec, events: EventWriter, stop: StopSignal, fault: str = "
     if ranks.local_rank:
         spec = spec.model_copy(update={"scratch_dir": spec.scratch_dir.with_name(f"{spec.scratch_dir.name}-{ranks.local_rank}")})
     watch = Watch(spec, events, stop, faults, ranks)
-    ranks.meet(watch.beat)
+    ranks.meet(watch.beat, order_id=spec.order_id)
     curves = Curves(spec if ranks.is_first else _untracked(spec), lambda text: events.write(Warned(text=text)))
     try:
         ended = _train(spec, events, watch, curves, stop, faults)

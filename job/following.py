@@ -1,0 +1,214 @@
+"""The run on a machine that is not the first of several: its ranks train with the others, and nothing is kept from here.
+
+It brings the model and, once the first machine has ordered a start, the prepared data and the checkpoint from the store; after
+each end of its ranks it waits for the next order, or for the run's end. What is not handled: machines that come later or leave:
+the whole run stops, with a checkpoint, and starts again.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from job.assignment import assign, rank_environs
+from job.display import Display
+from job.errors import JobError, MachineError, NetworkError, PreemptedError, error_for_status
+from job.events import Stopped
+from job.keep.checkpoints import restore_latest
+from job.keep.store import Store
+from job.orders import End, Order, find_end, find_order, give_end, take_back_end
+from job.plan.hardware import find_devices
+from job.settings import Settings
+from job.stages import Stages
+from job.stopping import StopRequest
+from job.supervise import ChildFailedError
+from job.train.spec import TrainSpec
+
+LOOK_SECONDS = 3.0
+"""Between two looks into the store: two requests, a dollar in five weeks on S3."""
+WAIT_SECONDS = 3600.0
+"""How long nothing may be ordered: the first machine may download and prepare for long, and is paid for all the same."""
+
+SETTLE_SECONDS = 180.0
+"""How long an end that already lies there is taken for an earlier start's: machines do not begin at the same moment."""
+
+
+class Following:
+    """One start of the run on a further machine."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        run_id: str,
+        store: Store,
+        work: Path,
+        environ: Mapping[str, str],
+        display: Display,
+        stop: StopRequest,
+        stages: Stages,
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> None:
+        self._settings, self._run_id, self._store, self._work, self._environ = settings, run_id, store, work, environ
+        self._display, self._stop, self._stages, self._wait_seconds = display, stop, stages, wait_seconds
+        self._done: Order | None = None
+        self._started = time.monotonic()
+        self._old_end: End | None = None
+
+    def share(self, lead: Callable[[], int], model_dir: Callable[[], Path]) -> int:
+        """Do this machine's part; the first one leads the run, and tells the others how it ended. Returns 0.
+
+        Raises:
+            JobError: how the run ended.
+        """
+        nodes = self._stages.planner.nodes
+        if nodes.num_nodes == 1:
+            return lead()
+        self._display.say(f"machine {nodes.node_rank + 1} of {nodes.num_nodes}, as {nodes.engine} tells")
+        if not nodes.is_leader:
+            self._work.mkdir(parents=True, exist_ok=True)
+            return self.run(model_dir)
+        try:
+            with self._stop.at_once():
+                take_back_end(self._store)
+            status = lead()
+        except JobError as error:
+            self._give_end(error.exit_status, str(error))
+            raise
+        self._give_end(status, "")
+        return status
+
+    def _give_end(self, exit_status: int, message: str) -> None:
+        try:
+            give_end(self._store, exit_status, message, self._work)
+        except JobError as error:  # the others notice by themselves, later
+            self._display.say(f"warning: the other machines are not told of the end: {error}")
+
+    def run(self, model_dir: Callable[[], Path]) -> int:
+        """Train as the first machine orders, until the last step; returns 0.
+
+        Args:
+            model_dir: where the model lies, once it is fetched.
+
+        Raises:
+            JobError: with the exit status of the first machine when the run ends otherwise.
+        """
+        with self._stop.at_once():
+            self._old_end = find_end(self._store, self._work)
+        self._stages.fetch()
+        while (order := self._wait_for_order()) is not None:
+            self._done = order
+            try:
+                self._follow(order, model_dir())
+            except ChildFailedError as failure:
+                if self._stop.is_asked():
+                    raise self._stop.error() from failure
+                if failure.stopped is Stopped.PREEMPTED:
+                    raise PreemptedError("another machine of this run was stopped; start all again to continue") from failure
+                self._display.say(f"{failure.error}; waiting for what the first machine does about it")
+                continue
+            self._display.say("done here: the first machine delivers what was trained")
+            return 0
+        self._display.say(f"already done: {self._store.uri}; nothing to do")
+        return 0
+
+    def _wait_for_order(self) -> Order | None:
+        """An order that was not followed yet; None when the run is done. Raises what it ended with otherwise."""
+        self._display.stage("waiting for the first machine")
+        deadline = time.monotonic() + self._wait_seconds
+        while time.monotonic() < deadline:
+            self._stop.check()
+            self._display.heartbeat()
+            try:
+                if (end := self._news_of_end()) is not None:
+                    if end.exit_status == 0:
+                        return None
+                    raise error_for_status(end.exit_status, f"the first machine says: {end.message}")
+                order = find_order(self._store, self._work)
+            except NetworkError as error:
+                self._display.say(f"warning: {error}")
+                order = None
+            if order is not None and (self._done is None or order.id != self._done.id):
+                return order
+            with self._stop.at_once():
+                time.sleep(LOOK_SECONDS)
+        raise PreemptedError(
+            f"the first machine has ordered nothing for {self._wait_seconds / 60:g} minutes; start all machines again to continue"
+        )
+
+    def _news_of_end(self) -> End | None:
+        """How the run has ended; not how an earlier start did, whose word the first machine takes back when it begins."""
+        end = find_end(self._store, self._work)
+        is_old = end is not None and self._old_end is not None and end.id == self._old_end.id
+        return None if is_old and (self._done or time.monotonic() < self._started + SETTLE_SECONDS) else end
+
+    def _follow(self, order: Order, model_dir: Path) -> None:
+        with self._stop.at_once():
+            data_dir = self._stages.restore_prepared()
+            resume_from = restore_latest(self._store, self._work / "checkpoints", self._warn, at_most=order.resume_step or 0)
+        step = int(resume_from.name.removeprefix("step-")) if resume_from else None
+        if step != order.resume_step:
+            raise MachineError(f"the store does not give the checkpoint of step {order.resume_step} that the run goes on from")
+        gpus, nodes = find_devices(self._environ), self._stages.planner.nodes
+        spec = assign(
+            self._settings,
+            run_id=self._run_id,
+            work=self._work,
+            model_dir=model_dir,
+            data_dir=data_dir,
+            resume_from=resume_from,
+            num_steps=order.num_steps,
+            fit=order.fit,
+            rollback=order.rollback,
+            save_interval_seconds=1e9,  # the first rank's clock decides
+            expect_gpu=bool(gpus),
+            order_id=order.id,
+        )
+        self._train(spec, rank_environs(nodes, self._environ, num_gpus=len(gpus), warn=self._display.say))
+
+    def _train(self, spec: TrainSpec, ranks: list[dict[str, str]]) -> None:
+        """Run this machine's ranks; GPUs wait for a machine that is gone for ever, so the store is asked beside them."""
+        watch = _Watch(self._is_over)
+        with watch:
+            self._stages.run_child(
+                "train",
+                spec,
+                allowed=(),
+                environ={"HF_HUB_OFFLINE": "1"},
+                hang_seconds=self._settings.keep.hang_seconds,
+                ranks=ranks,
+                is_pointless=lambda: watch.has_seen,
+            )
+
+    def _is_over(self) -> bool:
+        """Whether the first machine has ordered something else since, or has ended."""
+        try:
+            order = find_order(self._store, self._work)
+            return self._news_of_end() is not None or (order is not None and self._done is not None and order.id != self._done.id)
+        except JobError:
+            return False  # asked again soon
+
+    def _warn(self, text: str) -> None:
+        self._display.say(f"warning: {text}")
+
+
+class _Watch:
+    """Asks every few seconds, in a thread of its own, whether something has come."""
+
+    def __init__(self, has_come: Callable[[], bool]) -> None:
+        self._has_come, self._left = has_come, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="orders", daemon=True)
+        self.has_seen = False
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        self._thread.join(LOOK_SECONDS)
+
+    def _run(self) -> None:
+        while not self._left.wait(LOOK_SECONDS):
+            if self._has_come():
+                self.has_seen = True
+                return
