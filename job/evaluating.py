@@ -98,7 +98,7 @@ class Evaluating:
             data_dir=data_dir,
             resume_from=newest,
             num_steps=int(newest.name.removeprefix("step-")),
-            fit=self._stages.planner.plan_run(tally, self._ledger).fit,
+            fit=self._stages.planner.plan_evaluation(tally, self._ledger).fit,
             rollback=Rollback(),
             save_interval_seconds=1e9,
             expect_gpu=bool(gpus),

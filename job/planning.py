@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-import psutil
-
 from job.data.tally import Tally
 from job.display import Display
 from job.errors import BudgetError, PreemptedError, Problem, SettingsError
@@ -16,12 +14,14 @@ from job.keep.ledger import Ledger
 from job.keep.store import Store
 from job.plan.footprint import Footprint
 from job.plan.forecast import Circumstances, Plan, Work, forecast
-from job.plan.hardware import Device, Gpu, find_devices, gpu_of
+from job.plan.hardware import Device, Gpu, find_devices, host_memory_bytes, slowest_of
 from job.plan.memory import checkpoint_bytes, optimizer_name
+from job.plan.nodes import Nodes, find_nodes
 from job.plan.price import Price, listed_price, runpod_price, stated_price
 from job.plan.refusals import check_cost, check_memory
 from job.plan.retreat import Fit
 from job.plan.show import GIB, plan_line
+from job.plan.spread import check_shares
 from job.settings import Settings, is_hub_id
 from job.sizing import Sizes
 from job.speeds import learned_speed
@@ -56,10 +56,26 @@ class Planner:
     def devices(self) -> list[Device]:
         return find_devices(self._environ)
 
+    @cached_property
+    def nodes(self) -> Nodes:
+        """How the trainer's processes are spread over machines: one for each GPU, where nothing else was asked for.
+
+        Raises:
+            MachineError: a variable of several machines is missing or makes no sense.
+        """
+        asked = self._settings.train.nproc_per_node
+        per_node = asked if asked != "auto" else None if self.devices else 1  # what an engine says is of GPUs
+        return find_nodes(self._environ, num_gpus=len(self.devices), per_node=per_node)
+
+    @property
+    def num_devices(self) -> int:
+        """Trainer processes (ranks) on all machines together."""
+        return self.nodes.num_processes
+
     @property
     def gpu(self) -> Gpu | None:
-        """What the run trains on here; None for a CPU."""
-        return gpu_of(self.devices[0]) if self.devices else None
+        """What the run trains on, the least of each where the GPUs differ; None for a CPU."""
+        return slowest_of(self.devices[: self.nodes.processes_per_node])
 
     @property
     def _gpu_name(self) -> str:
@@ -67,7 +83,15 @@ class Planner:
 
     @cached_property
     def price(self) -> Price | None:
-        """Of this machine: the user's word, else RunPod's for this pod, else the table's for its GPUs, else unknown."""
+        """Of this machine: the user's word, else RunPod's for this pod, else the table's for its GPUs, else unknown.
+
+        Of several machines each costs the same.
+        """
+        price = self._price_of_one
+        return price.of_machines(self.nodes.num_nodes) if price else None
+
+    @property
+    def _price_of_one(self) -> Price | None:
         budget = self._settings.budget
         if budget.gpu_hourly_rate is not None:
             return stated_price(budget.gpu_hourly_rate)
@@ -119,22 +143,29 @@ class Planner:
             ChildFailedError: as `footprint_or_none`.
             SettingsError: an example is longer than the model's positions reach.
         """
+        return self._plan(work, before, self.nodes)
+
+    def _plan(self, work: Work | None, before: Fit | None, nodes: Nodes) -> Plan:
         settings, gpu = self._settings, self.gpu
         footprint = self._sizes.footprint_or_none(on_gpu=gpu is not None)
         if footprint is not None:
             self._check_length(footprint, work)
-        speed = learned_speed(self._shared, self._work, settings, self._gpu_name)
+        speed = learned_speed(
+            self._shared, self._work, settings, self._gpu_name, num_devices=nodes.num_processes, num_nodes=nodes.num_nodes
+        )
         plan = forecast(
             settings.train,
             settings.model,
             work or Work(num_examples=settings.train.effective_batch_size, num_tokens=1, longest_tokens=self._sizes.bound),
             footprint=footprint,
             gpu=gpu,
-            memory_bytes=None if gpu else _host_memory_bytes(),
+            memory_bytes=None if gpu else host_memory_bytes() // nodes.processes_per_node,
             price=self.price,
             speed=speed,
             circumstances=self.circumstances(footprint),
             before=before,
+            num_devices=nodes.num_processes,
+            num_nodes=nodes.num_nodes,
         )
         if work is not None:
             return plan
@@ -153,12 +184,25 @@ class Planner:
 
         Raises:
             PlanError: it does not fit, or costs too much.
-            ChildFailedError, SettingsError: as `plan`.
+            ChildFailedError, SettingsError: as `plan`; or the devices cannot share a step evenly.
         """
+        self._check_shares(tally.num_train)
         before = ledger.learned(LAYOUT)
         plan = self.plan(counted(tally), None if before is None else Fit.model_validate(before))
         self.refuse(plan, longest=tally.longest_tokens, checks_cost=not ledger.past)  # later the budget itself decides
         ledger.remember(LAYOUT, plan.fit.model_dump())
+        return plan
+
+    def plan_evaluation(self, tally: Tally, ledger: Ledger) -> Plan:
+        """The same for one device alone, whatever others there are, which only evaluates; the layout is not remembered.
+
+        Raises:
+            PlanError: it does not fit.
+            ChildFailedError, SettingsError: as `plan`.
+        """
+        before = ledger.learned(LAYOUT)
+        plan = self._plan(counted(tally), None if before is None else Fit.model_validate(before), Nodes())
+        self.refuse(plan, longest=tally.longest_tokens, checks_cost=False)
         return plan
 
     def refuse(self, plan: Plan, *, longest: int, checks_cost: bool) -> None:
@@ -176,7 +220,9 @@ class Planner:
 
         Raises:
             PlanError: the run does not fit, or costs too much.
+            SettingsError: the devices cannot share a step evenly.
         """
+        self._check_shares(None)
         budget = self._settings.budget
         asks_data = is_first and (budget.max_cost_usd is not None or budget.max_hours is not None)
         if self.gpu is None:  # then only an earlier run can say how long it takes
@@ -201,6 +247,11 @@ class Planner:
         download = 2.0 * footprint.num_parameters if footprint and is_hub_id(self._settings.model.model_id) else 0.0
         return Circumstances(download_bytes=download, disk_bytes=disk)
 
+    def _check_shares(self, num_examples: int | None) -> None:
+        nodes, train = self.nodes, self._settings.train
+        on_gpu = bool(self.devices)
+        check_shares(train, nodes.num_processes, num_nodes=nodes.num_nodes, num_examples=num_examples, on_gpu=on_gpu)
+
     def _check_length(self, footprint: Footprint, work: Work | None) -> None:
         limit = footprint.max_length
         if work is None or limit is None or work.basis != "counted" or work.longest_tokens <= limit:
@@ -223,19 +274,6 @@ def counted(tally: Tally) -> Work:
         num_eval_tokens=sum(source.num_tokens for source in tally.sources if source.held_out)
         or round(tally.num_eval * tally.num_train_tokens / max(tally.num_train, 1)),
     )
-
-
-def _host_memory_bytes() -> int:
-    """What a process may use here: the container's limit, or the machine's memory."""
-    total = int(psutil.virtual_memory().total)
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        try:
-            text = path.read_text("utf-8").strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            return min(total, int(text))
-    return total
 
 
 def _memory_only(plan: Plan) -> str:

@@ -213,6 +213,8 @@ class Stages:
                 run_id=self._run_id,
                 tokens_per_second=speed,
                 num_steps=foresight.num_measured,
+                num_devices=plan.num_devices,
+                num_nodes=plan.num_nodes,
             )
         except JobError as error:  # later forecasts do without
             self._display.say(f"warning: {error}")

@@ -7,16 +7,17 @@ opened, measured or asked here.
 import math
 from functools import reduce
 from operator import add
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from job.plan.footprint import Footprint
 from job.plan.hardware import Gpu
-from job.plan.layout import Layout, choose_layout, unweighed_layout
-from job.plan.memory import MemoryEstimate, optimizer_name
+from job.plan.layout import Layout
+from job.plan.memory import MemoryEstimate
 from job.plan.price import Price
 from job.plan.retreat import Fit
+from job.plan.sharing import EFFICIENCY, Parallel, speed_up
+from job.plan.spread import effective_batch, lay_out, shared_batch
 from job.plan.throughput import (
     DOWNLOAD_BYTES_PER_SECOND,
     END_SECONDS,
@@ -70,7 +71,15 @@ class Plan(BaseModel):
 
     micro_batch: int
     gradient_accumulation_steps: int
+    """Of each device."""
     effective_batch_size: int
+    """Examples of a step: micro-batch x accumulation x devices."""
+    num_devices: int = 1
+    """Trainer processes (ranks) in all, each with a GPU of its own if there are any."""
+    num_nodes: int = 1
+    """Machines that they are in."""
+    parallel: Parallel | None = None
+    """How several devices share the model; None with one."""
     num_examples: int
     num_steps: int
     num_tokens: int
@@ -80,7 +89,7 @@ class Plan(BaseModel):
     gpu: str | None = None
     """None for a CPU."""
     memory_bytes: int | None = None
-    """What there is."""
+    """What there is, on each device."""
     fits: bool | None = None
     seconds_low: float | None = None
     seconds_high: float | None = None
@@ -100,6 +109,8 @@ class Plan(BaseModel):
             micro_batch=self.micro_batch,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
             activation_checkpointing=self.activation_checkpointing,
+            num_devices=self.num_devices,
+            parallel=self.parallel,
         )
 
 
@@ -115,23 +126,38 @@ def forecast(
     speed: Speed | None = None,
     circumstances: Circumstances | None = None,
     before: Fit | None = None,
+    num_devices: int = 1,
+    num_nodes: int = 1,
 ) -> Plan:
-    """Plan the run on one machine.
+    """Plan the run on one machine, or on several that are alike.
 
     Args:
         footprint: of the model in the number format of that machine; without it memory and time stay unknown.
         gpu: what it trains on; None for a CPU.
-        memory_bytes: what may be used of its memory; None for all of the GPU's.
-        price: of the machine.
+        memory_bytes: what each device may use of its memory; None for all of the GPU's.
+        price: of all machines.
         speed: measured on this GPU with this model; takes the place of the range.
         before: how earlier attempts of the run laid their steps out.
+        num_devices: ranks in all; a batch that they cannot share evenly is rounded, `check_shares` refuses it.
+        num_nodes: machines that they are in.
     """
     around = circumstances or Circumstances()
-    effective, assumptions = _effective_batch(train, work)
+    effective, assumptions = _effective_batch(train, work, num_devices)
     available = memory_bytes if memory_bytes is not None else gpu.memory_bytes if gpu else None
-    layout = _layout(train, work, footprint, gpu, available, effective, before)
-    assumptions.append(f"micro-batch {layout.micro_batch} x {layout.gradient_accumulation_steps}: {layout.reason}")
-    per_step = layout.micro_batch * layout.gradient_accumulation_steps
+    layout = lay_out(
+        train,
+        footprint,
+        effective=effective,
+        length=work.longest_tokens,
+        memory_bytes=available,
+        on_gpu=gpu is not None,
+        num_devices=num_devices,
+        before=before,
+        can_shard=not model.load_in_8bit,
+    )
+    each = f" on each of {num_devices} {'GPUs' if gpu else 'processes'}" if num_devices > 1 else ""
+    assumptions.append(f"micro-batch {layout.micro_batch} x {layout.gradient_accumulation_steps}{each}: {layout.reason}")
+    per_step = layout.micro_batch * layout.gradient_accumulation_steps * num_devices
     steps_per_epoch = math.ceil(work.num_examples / per_step)
     num_steps = math.ceil(train.num_train_epochs * steps_per_epoch)
     if train.max_steps is not None:
@@ -141,12 +167,13 @@ def forecast(
         num_tokens = round(work.num_tokens * num_steps / steps_per_epoch)
     if work.basis != "counted":
         assumptions.append(f"tokens are {work.basis}, {work.error:.0%} more or less")
-    training = _training_seconds(layout, work, num_tokens, footprint, gpu, speed, model)
+    training = _training_seconds(layout, work, num_tokens, footprint, gpu, speed, model, num_devices, num_nodes)
     whole = training and training + _other_seconds(train, work, num_steps, footprint, around, training)
     if training and gpu:
         assumptions.append(
             f"speed {speed.source}" if speed else f"20-50% of {gpu.peak_flops / 1e12:.0f} TFLOP/s, as published runs reach"  # type: ignore[operator]
         )
+    assumptions += _sharing(layout, gpu, speed if training else None, num_devices, num_nodes)
     if footprint:
         assumptions += footprint.notes
         if footprint.method == "formula":
@@ -158,6 +185,9 @@ def forecast(
         micro_batch=layout.micro_batch,
         gradient_accumulation_steps=layout.gradient_accumulation_steps,
         effective_batch_size=per_step,
+        num_devices=num_devices,
+        num_nodes=num_nodes,
+        parallel=layout.parallel,
         num_examples=work.num_examples,
         num_steps=num_steps,
         num_tokens=num_tokens,
@@ -182,42 +212,29 @@ def bits_of(model: ModelSettings) -> int:
     return 4 if model.load_in_4bit else 8 if model.load_in_8bit else 16
 
 
-def _effective_batch(train: TrainSettings, work: Work) -> tuple[int, list[str]]:
-    if train.gradient_accumulation_steps is not None and train.per_device_train_batch_size != "auto":
-        return train.per_device_train_batch_size * train.gradient_accumulation_steps, []
-    effective = min(train.effective_batch_size, work.num_examples)
-    if effective < train.effective_batch_size:
-        return effective, [f"EFFECTIVE_BATCH_SIZE lowered to the {work.num_examples} examples there are"]
-    return effective, []
+def _effective_batch(train: TrainSettings, work: Work, num_devices: int) -> tuple[int, list[str]]:
+    asked, found = effective_batch(train, train.effective_batch_size), effective_batch(train, work.num_examples)
+    told = [f"EFFECTIVE_BATCH_SIZE lowered to the {work.num_examples} examples there are"] if found < asked else []
+    shared = shared_batch(found, num_devices)
+    if shared != found:
+        told.append(f"a step of {shared} examples, which {num_devices} devices can share")
+    return shared, told
 
 
-def _layout(
-    train: TrainSettings,
-    work: Work,
-    footprint: Footprint | None,
-    gpu: Gpu | None,
-    available: int | None,
-    effective: int,
-    before: Fit | None,
-) -> Layout:
-    """How to lay a step out: as the attempts before, where that fits and the user asks for nothing else."""
-    asked = None if train.per_device_train_batch_size == "auto" else math.gcd(train.per_device_train_batch_size, effective)
-    recomputes = None if train.activation_checkpointing == "auto" else train.activation_checkpointing
-
-    def lay_out(micro: int | None, checkpointing: bool | None) -> Layout:
-        options: dict[str, Any] = {"micro_batch": micro, "activation_checkpointing": checkpointing}
-        options |= {"effective_batch": effective, "length": work.longest_tokens}
-        if footprint is None or available is None:
-            return unweighed_layout(**options)
-        on_gpu = gpu is not None
-        optimizer = optimizer_name(train, on_gpu=on_gpu)
-        return choose_layout(footprint, memory_bytes=available, optimizer=optimizer, on_gpu=on_gpu, **options)
-
-    if before is not None and before.micro_batch * before.gradient_accumulation_steps == effective:
-        same = lay_out(asked or before.micro_batch, before.activation_checkpointing if recomputes is None else recomputes)
-        if same.fits is not False:
-            return same if asked else same.model_copy(update={"reason": "as the attempts before: the run stays bitwise the same"})
-    return lay_out(asked, recomputes)
+def _sharing(layout: Layout, gpu: Gpu | None, speed: Speed | None, num_devices: int, num_nodes: int) -> list[str]:
+    """What is assumed of several devices."""
+    if layout.parallel is None:
+        return []
+    where = f" in {num_nodes} machines" if num_nodes > 1 else ""
+    told = []
+    if speed is None or speed.num_devices != num_devices:
+        low, high = (round(100 * share) for share in EFFICIENCY[layout.parallel, num_nodes > 1])
+        told.append(f"{num_devices} devices{where} with {layout.parallel}: {low}-{high}% of {num_devices} times the speed of one")
+    if gpu and layout.parallel == "fsdp":
+        told.append("fsdp: each GPU holds a share of the weights and gathers two layers at a time; never run by us")
+    elif gpu:
+        told.append(f"ddp: each of {num_devices} GPUs holds the whole model; NCCL's buffers are 0.5 GiB, 1.6 to be safe")
+    return told
 
 
 def _training_seconds(
@@ -228,8 +245,13 @@ def _training_seconds(
     gpu: Gpu | None,
     speed: Speed | None,
     model: ModelSettings,
+    num_devices: int,
+    num_nodes: int,
 ) -> Range | None:
-    spread = Range(low=max(1 - work.error, 0.1), high=1 + work.error)
+    slow, fast = speed_up(num_devices, layout.parallel, num_nodes=num_nodes)
+    if speed is not None and speed.num_devices == num_devices:
+        slow = fast = 1.0
+    spread = Range(low=max(1 - work.error, 0.1) / fast, high=(1 + work.error) / slow)
     if speed is not None:
         seconds = measured_seconds(num_tokens, speed)
         return Range(low=seconds.low * spread.low, high=seconds.high * spread.high)

@@ -6,10 +6,11 @@ card by its name lies in `gpus.json`, a source at each.
 
 import json
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+import psutil
 from pydantic import BaseModel, ConfigDict
 
 GIB = 2**30
@@ -107,6 +108,33 @@ def gpu_of(device: Device) -> Gpu:
         peak_flops=known.peak_flops if known else None,
         compute_capability=device.compute_capability or (known.compute_capability if known else 0.0),
     )
+
+
+def slowest_of(devices: Sequence[Device]) -> Gpu | None:
+    """What several cards can be counted on for: the least of each; None without any."""
+    if not devices:
+        return None
+    gpus = [gpu_of(device) for device in devices]
+    speeds = [gpu.peak_flops for gpu in gpus if gpu.peak_flops is not None]
+    least = min(gpus, key=lambda gpu: gpu.memory_bytes)
+    slowest = {
+        "peak_flops": min(speeds) if len(speeds) == len(gpus) else None,
+        "compute_capability": min(gpu.compute_capability for gpu in gpus),
+    }
+    return least.model_copy(update=slowest)
+
+
+def host_memory_bytes() -> int:
+    """What a process may use here: the container's limit, or the machine's memory."""
+    total = int(psutil.virtual_memory().total)
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        try:
+            text = path.read_text("utf-8").strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            return min(total, int(text))
+    return total
 
 
 @cache

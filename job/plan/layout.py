@@ -4,6 +4,7 @@ from pydantic import BaseModel, ConfigDict
 
 from job.plan.footprint import Footprint
 from job.plan.memory import MemoryEstimate, estimate_memory
+from job.plan.sharing import Parallel
 
 FULL_TOKENS = 2048
 """Tokens in a micro-batch beyond which a larger one hardly speeds a GPU up: see HALF_SPEED_TOKENS in throughput.py."""
@@ -24,6 +25,8 @@ class Layout(BaseModel):
     fits: bool | None
     """None without a footprint."""
     reason: str
+    parallel: Parallel | None = None
+    """None with one device."""
 
 
 def choose_layout(
@@ -36,6 +39,8 @@ def choose_layout(
     activation_checkpointing: bool | None,
     optimizer: str,
     on_gpu: bool,
+    num_devices: int = 1,
+    parallel: Parallel | None = None,
 ) -> Layout:
     """The layout to train with; where nothing fits, the leanest that may be chosen, to show by how much.
 
@@ -55,7 +60,14 @@ def choose_layout(
 
     def layout(size: int, recomputes: bool, reason: str = "") -> Layout:
         memory = estimate_memory(
-            footprint, rows=size, length=length, activation_checkpointing=recomputes, optimizer=optimizer, on_gpu=on_gpu
+            footprint,
+            rows=size,
+            length=length,
+            activation_checkpointing=recomputes,
+            optimizer=optimizer,
+            on_gpu=on_gpu,
+            num_devices=num_devices,
+            parallel=parallel,
         )
         return Layout(
             micro_batch=size,
@@ -63,6 +75,7 @@ def choose_layout(
             activation_checkpointing=recomputes,
             memory=memory,
             fits=memory.safe_peak_bytes <= memory_bytes,
+            parallel=parallel,
             reason=reason,
         )
 
@@ -89,7 +102,12 @@ def choose_layout(
 
 
 def unweighed_layout(
-    *, effective_batch: int, length: int, micro_batch: int | None, activation_checkpointing: bool | None
+    *,
+    effective_batch: int,
+    length: int,
+    micro_batch: int | None,
+    activation_checkpointing: bool | None,
+    parallel: Parallel | None = None,
 ) -> Layout:
     """Without a footprint: one long example at a time, or several short ones, which fits wherever the model does."""
     fitting = max(1, CPU_TOKENS // length)
@@ -100,6 +118,7 @@ def unweighed_layout(
         activation_checkpointing=activation_checkpointing is True,
         memory=None,
         fits=None,
+        parallel=parallel,
         reason=f"the longest example has {length} tokens",
     )
 

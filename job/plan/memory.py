@@ -7,6 +7,7 @@ were counted by `train/dry_run.py`.
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from job.plan.footprint import Footprint
+from job.plan.sharing import Parallel, share
 from job.settings import TrainSettings
 
 CONTEXT_BYTES = 0.5 * 2**30
@@ -37,16 +38,17 @@ class MemoryEstimate(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     weights_bytes: int
-    """The base model, quantisation state included."""
+    """The base model, quantisation state included; a GPU's share of it with fsdp."""
     adapter_bytes: int
     gradients_bytes: int
+    """The adapter's, twice with ddp."""
     optimizer_bytes: int
     activations_bytes: int
     """What autograd keeps from the forward pass for the backward pass."""
     logits_bytes: int
     """Of the loss, when the peak lies there."""
     transient_bytes: int
-    """What is alive beside at the peak: a layer's recomputation, gradients on their way, unpacked weights."""
+    """What is alive beside at the peak: a layer's recomputation, gradients on their way, unpacked and gathered weights."""
     reserved_bytes: int
     """What the framework takes beside tensors: context, workspaces, gaps between them."""
     safe_peak_bytes: int
@@ -76,9 +78,17 @@ class MemoryEstimate(BaseModel):
 
 
 def estimate_memory(
-    footprint: Footprint, *, rows: int, length: int, activation_checkpointing: bool, optimizer: str, on_gpu: bool
+    footprint: Footprint,
+    *,
+    rows: int,
+    length: int,
+    activation_checkpointing: bool,
+    optimizer: str,
+    on_gpu: bool,
+    num_devices: int = 1,
+    parallel: Parallel | None = None,
 ) -> MemoryEstimate:
-    """What one training step needs.
+    """What one training step needs on one device.
 
     Args:
         footprint: the model's, for the machine's number format.
@@ -86,6 +96,7 @@ def estimate_memory(
         length: tokens of its longest row.
         optimizer: transformers' name.
         on_gpu: whether it trains on a GPU, or in this machine's own memory.
+        num_devices: that share the step.
     """
     num_tokens = rows * length
     body = footprint.body(rows, activation_checkpointing=activation_checkpointing)
@@ -93,23 +104,25 @@ def estimate_memory(
     kept = body.after_forward.at(rows, length)
     head = footprint.head_bytes(num_tokens)
     update = _update_bytes(footprint, optimizer)
+    optimizer_bytes = optimizer_state_bytes(footprint, optimizer)
+    held = share(footprint, optimizer_bytes, num_devices=num_devices, parallel=parallel, on_gpu=on_gpu)
     coming = max(body.peak.at(rows, length), kept + head, update)
     logits = max(0.0, kept + head - saved) if kept + head >= coming else 0.0
-    trained = footprint.num_trainable
-    optimizer_bytes = optimizer_state_bytes(footprint, optimizer)
-    steady = footprint.weights.total_bytes + 8 * trained + optimizer_bytes
+    coming += held.gathered
+    steady = held.weights + held.adapter + held.gradients + held.optimizer
     slack = SAFE_SLACK if footprint.method == "traced" else SAFE_SLACK + FORMULA_SLACK
     if on_gpu:
-        reserved = CONTEXT_BYTES + WORKSPACE_BYTES + SLACK * coming
-        safe = steady + CONTEXT_BYTES + WORKSPACE_BYTES + SAFE_BYTES + (1 + slack) * coming
+        fixed = CONTEXT_BYTES + WORKSPACE_BYTES + held.reserved
+        reserved = fixed + SLACK * coming
+        safe = steady + fixed + held.safe + SAFE_BYTES + (1 + slack) * coming
     else:
         reserved = CPU_PROCESS_BYTES + CPU_SLACK * coming
-        safe = steady + (1 + slack) * (coming + reserved)
+        safe = steady + held.safe + (1 + slack) * (coming + reserved)
     return MemoryEstimate(
-        weights_bytes=footprint.weights.total_bytes,
-        adapter_bytes=4 * trained,  # fp32, whatever the base model is in
-        gradients_bytes=4 * trained,
-        optimizer_bytes=optimizer_bytes,
+        weights_bytes=held.weights,
+        adapter_bytes=held.adapter,
+        gradients_bytes=held.gradients,
+        optimizer_bytes=held.optimizer,
         activations_bytes=round(saved),
         logits_bytes=round(logits),
         transient_bytes=max(0, round(coming - saved - logits)),
@@ -118,10 +131,20 @@ def estimate_memory(
     )
 
 
-def memory_alone(footprint: Footprint, train: TrainSettings, *, length: int) -> MemoryEstimate:
+def memory_alone(
+    footprint: Footprint, train: TrainSettings, *, length: int, num_devices: int = 1, parallel: Parallel | None = None
+) -> MemoryEstimate:
     """The least that a GPU needs: one example at a time, activations recomputed."""
-    optimizer = optimizer_name(train, on_gpu=True)
-    return estimate_memory(footprint, rows=1, length=length, activation_checkpointing=True, optimizer=optimizer, on_gpu=True)
+    return estimate_memory(
+        footprint,
+        rows=1,
+        length=length,
+        activation_checkpointing=True,
+        optimizer=optimizer_name(train, on_gpu=True),
+        on_gpu=True,
+        num_devices=num_devices,
+        parallel=parallel,
+    )
 
 
 def optimizer_name(train: TrainSettings, *, on_gpu: bool) -> str:

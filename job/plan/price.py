@@ -22,7 +22,7 @@ _PREFERRED = ("RunPod pod (secure)", "RunPod pod (community)", "RunPod pod (lowe
 
 
 class Price(BaseModel):
-    """Dollars an hour of a whole machine."""
+    """Dollars an hour of a whole machine, or of several."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -31,11 +31,20 @@ class Price(BaseModel):
     """Who says so, and when."""
     includes_storage: bool = True
     """Whether the disk is in it."""
+    num_machines: int = 1
+    """That it is the price of."""
 
     def cost_usd(self, seconds: float, *, storage_bytes: float = 0.0) -> float:
-        """Of this long, with what the disk costs where it comes on top."""
-        extra = 0.0 if self.includes_storage else storage_usd_per_hour(storage_bytes)
+        """Of this long, with what each machine's disk costs where it comes on top."""
+        extra = 0.0 if self.includes_storage else self.num_machines * storage_usd_per_hour(storage_bytes)
         return (self.usd_per_hour + extra) * seconds / 3600
+
+    def of_machines(self, number: int) -> "Price":
+        """Of so many like this one."""
+        if number == 1:
+            return self
+        more = {"usd_per_hour": self.usd_per_hour * number, "source": f"{self.source}, {number} machines", "num_machines": number}
+        return self.model_copy(update=more)
 
 
 class _Row(BaseModel):

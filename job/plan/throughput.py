@@ -53,6 +53,8 @@ class Speed(BaseModel):
     """Tokens trained on, padding not counted, over whole steps."""
     num_runs: int
     source: str
+    num_devices: int = 1
+    """That reached it together."""
 
 
 MEASURED_SPREAD = 0.15

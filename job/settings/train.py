@@ -115,7 +115,11 @@ class TrainSettings(Section):
     per_device_train_batch_size: Annotated[PositiveInt | Literal["auto"], Field(union_mode="left_to_right"), NEUTRAL] = "auto"
     """Micro-batch: examples per forward pass; must divide EFFECTIVE_BATCH_SIZE; auto: the largest that fits into memory."""
     gradient_accumulation_steps: PositiveInt | None = None
-    """Set with PER_DEVICE_TRAIN_BATCH_SIZE to give the effective batch as their product instead."""
+    """Set with PER_DEVICE_TRAIN_BATCH_SIZE to give the effective batch as their product instead; all GPUs together do it."""
+    nproc_per_node: Annotated[PositiveInt | Literal["auto"], Field(union_mode="left_to_right"), NEUTRAL] = "auto"
+    """Trainer processes on each machine; auto: one for each GPU, and one on a CPU. EFFECTIVE_BATCH_SIZE is a multiple of all."""
+    parallel: Annotated[Literal["auto", "ddp", "fsdp"], NEUTRAL] = "auto"
+    """Several GPUs: ddp keeps the model on each, fsdp shares its weights out (never run by us on a GPU); auto: ddp if it fits."""
     activation_checkpointing: Annotated[bool | Literal["auto"], Field(union_mode="left_to_right"), NEUTRAL] = "auto"
     """Recompute activations in the backward pass: about 30% slower, far less memory; auto: only where they do not fit."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # numpy takes 32 bits
