@@ -15,7 +15,7 @@ from job.events import Failed, Stopped
 from job.keep.ledger import Ledger
 from job.keep.store import Store, write_text
 from job.plan.forecast import Plan
-from job.plan.retreat import MAX_ROLLBACKS, Fit, Rollback, leaner, roll_back
+from job.plan.retreat import MAX_ROLLBACKS, Fit, Rollback, leaner, relaid, roll_back
 from job.settings import Settings, result_fingerprint
 from job.supervise import ChildFailedError
 
@@ -58,9 +58,9 @@ class Recovery:
         learned = self._ledger.learned("fit")
         if learned is None:
             return planned
-        fit = Fit.model_validate(learned)
-        effective = fit.micro_batch * fit.gradient_accumulation_steps
-        if fit.micro_batch > planned.micro_batch or effective != plan.micro_batch * plan.gradient_accumulation_steps:
+        found = Fit.model_validate(learned)
+        fit = relaid(found, num_devices=planned.num_devices, parallel=planned.parallel)
+        if fit is None or fit.micro_batch > planned.micro_batch or fit.effective_batch_size != planned.effective_batch_size:
             return planned  # the user has asked for less, or for another batch, since
         self._display.say(f"memory ran out before with more: micro-batch {fit.micro_batch} x {fit.gradient_accumulation_steps}")
         return fit
@@ -132,6 +132,8 @@ class Recovery:
 
 def _describe(fit: Fit) -> str:
     parts = [f"micro-batch {fit.micro_batch} x {fit.gradient_accumulation_steps}"]
+    if fit.num_devices > 1:
+        parts[0] += f" on each of {fit.num_devices} devices"
     if fit.activation_checkpointing:
         parts.append("activations recomputed")
     if fit.activation_offloading:

@@ -6,6 +6,7 @@ Each raises ChildFailedError when its process fails, and other JobErrors for the
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -243,21 +244,9 @@ class Stages:
             if self._ledger is not None:
                 self._ledger.beat(HEARTBEAT_SECONDS, self._record.last_step)
 
-        run_child(
-            stage,
-            spec,
-            folder=self._work / "specs",
-            environ={**child_environ(self._environ, self._secrets, allowed), **(environ or {})},
-            stop=self._stop,
-            grace_seconds=self._settings.keep.grace_seconds,
-            on_event=self._on_event,
-            on_idle=idle,
-            redact=self._display.redact,
-            on_output=self._display.say,
-            hang_seconds=hang_seconds,
-            ranks=ranks,
-            is_pointless=is_pointless,
-        )
+        more: dict[str, Any] = {"hang_seconds": hang_seconds, "ranks": ranks, "is_pointless": is_pointless}
+        folder = self._work / "specs"
+        self._run_child(stage, spec, allowed, environ, folder=folder, on_event=self._on_event, on_idle=idle, **more)
 
     def _quiet_child(
         self, stage: str, spec: BaseModel, *, allowed: tuple[str, ...], environ: Mapping[str, str] | None = None
@@ -272,17 +261,20 @@ class Stages:
             if threading.current_thread() is threading.main_thread():
                 self._display.heartbeat()
 
+        self._run_child(stage, spec, allowed, environ, folder=self._work / "specs" / "planner", on_event=note, on_idle=idle)
+
+    def _run_child(
+        self, stage: str, spec: BaseModel, allowed: tuple[str, ...], environ: Mapping[str, str] | None, **options: Any
+    ) -> None:
         run_child(
             stage,
             spec,
-            folder=self._work / "specs" / "planner",
             environ={**child_environ(self._environ, self._secrets, allowed), **(environ or {})},
             stop=self._stop,
             grace_seconds=self._settings.keep.grace_seconds,
-            on_event=note,
-            on_idle=idle,
             redact=self._display.redact,
             on_output=self._display.say,
+            **options,
         )
 
     def _on_event(self, event: Event) -> None:
