@@ -5,9 +5,9 @@ each end of its ranks it waits for the next order, or for the run's end. What is
 the whole run stops, with a checkpoint, and starts again.
 """
 
-import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from job.assignment import assign, rank_environs
@@ -16,7 +16,8 @@ from job.errors import JobError, MachineError, NetworkError, PreemptedError, err
 from job.events import Stopped
 from job.keep.checkpoints import restore_latest
 from job.keep.store import Store
-from job.orders import End, Order, find_end, find_order, give_end, take_back_end
+from job.lookout import LOOK_SECONDS, Lookout
+from job.orders import End, Order, begin, find_end, find_order, give_end, leave
 from job.plan.hardware import find_devices
 from job.settings import Settings
 from job.stages import Stages
@@ -24,11 +25,10 @@ from job.stopping import StopRequest
 from job.supervise import ChildFailedError
 from job.train.spec import TrainSpec
 
-LOOK_SECONDS = 3.0
-"""Between two looks into the store: two requests, a dollar in five weeks on S3."""
 WAIT_SECONDS = 3600.0
 """How long nothing may be ordered: the first machine may download and prepare for long, and is paid for all the same."""
 
+LEAVE_SECONDS = 5.0
 SETTLE_SECONDS = 180.0
 """How long an end that already lies there is taken for an earlier start's: machines do not begin at the same moment."""
 
@@ -67,10 +67,14 @@ class Following:
         self._display.say(f"machine {nodes.node_rank + 1} of {nodes.num_nodes}, as {nodes.engine} tells")
         if not nodes.is_leader:
             self._work.mkdir(parents=True, exist_ok=True)
-            return self.run(model_dir)
+            try:
+                return self.run(model_dir)
+            except BaseException as error:
+                self._leave(nodes.node_rank, str(error) or type(error).__name__)
+                raise
         try:
             with self._stop.at_once():
-                take_back_end(self._store)
+                begin(self._store)
             status = lead()
         except JobError as error:
             self._give_end(error.exit_status, str(error))
@@ -83,6 +87,11 @@ class Following:
             give_end(self._store, exit_status, message, self._work)
         except JobError as error:  # the others notice by themselves, later
             self._display.say(f"warning: the other machines are not told of the end: {error}")
+
+    def _leave(self, node_rank: int, why: str) -> None:
+        """Tell the first machine, which would wait for this one else."""
+        with suppress(JobError), self._stop.within_grace(LEAVE_SECONDS):
+            leave(self._store, node_rank, why, self._work)
 
     def run(self, model_dir: Callable[[], Path]) -> int:
         """Train as the first machine orders, until the last step; returns 0.
@@ -168,7 +177,7 @@ class Following:
 
     def _train(self, spec: TrainSpec, ranks: list[dict[str, str]]) -> None:
         """Run this machine's ranks; GPUs wait for a machine that is gone for ever, so the store is asked beside them."""
-        watch = _Watch(self._is_over)
+        watch = Lookout(self._is_over)
         with watch:
             self._stages.run_child(
                 "train",
@@ -182,33 +191,8 @@ class Following:
 
     def _is_over(self) -> bool:
         """Whether the first machine has ordered something else since, or has ended."""
-        try:
-            order = find_order(self._store, self._work)
-            return self._news_of_end() is not None or (order is not None and self._done is not None and order.id != self._done.id)
-        except JobError:
-            return False  # asked again soon
+        order = find_order(self._store, self._work)
+        return self._news_of_end() is not None or (order is not None and self._done is not None and order.id != self._done.id)
 
     def _warn(self, text: str) -> None:
         self._display.say(f"warning: {text}")
-
-
-class _Watch:
-    """Asks every few seconds, in a thread of its own, whether something has come."""
-
-    def __init__(self, has_come: Callable[[], bool]) -> None:
-        self._has_come, self._left = has_come, threading.Event()
-        self._thread = threading.Thread(target=self._run, name="orders", daemon=True)
-        self.has_seen = False
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._left.set()
-        self._thread.join(LOOK_SECONDS)
-
-    def _run(self) -> None:
-        while not self._left.wait(LOOK_SECONDS):
-            if self._has_come():
-                self.has_seen = True
-                return

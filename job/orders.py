@@ -1,10 +1,12 @@
-"""What the first of several machines tells the others through the store: when and how to train, and how the run ended.
+"""What the machines of one run tell each other through its store: the first one when and how to train, and how the run ended, and
+each other one that it has left.
 
 Each start of the trainer is an order; the others bring its checkpoint and start their own ranks. An order of an earlier attempt
 may still lie there when they look: ranks compare orders when they meet, and the one with another order reads again. What is not
 handled: machines that have different settings.
 """
 
+import json
 import uuid
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from job.keep.store import MissingError, Store, read_bytes, write_text
 from job.plan.retreat import Fit, Rollback
 
-ORDER, END = "nodes/order.json", "nodes/end.json"
+ORDER, END, LEFT = "nodes/order.json", "nodes/end.json", "nodes/left-"
 
 
 class Order(BaseModel):
@@ -53,9 +55,20 @@ def give_end(store: Store, exit_status: int, message: str, scratch: Path) -> Non
     write_text(store, END, end.model_dump_json(indent=1), scratch)
 
 
-def take_back_end(store: Store) -> None:
-    """A new start of the run has begun."""
-    store.delete(END)
+def begin(store: Store) -> None:
+    """A new start of the run has begun: what was said of the last one's end is over."""
+    for name in [END, *store.list(LEFT)]:
+        store.delete(name)
+
+
+def leave(store: Store, node_rank: int, why: str, scratch: Path) -> None:
+    """This machine does nothing for the run any more."""
+    write_text(store, f"{LEFT}{node_rank}.json", json.dumps({"why": why}, indent=1), scratch)
+
+
+def find_left(store: Store) -> list[int]:
+    """Machines that have left since the run has begun."""
+    return [int(name.removeprefix(LEFT).removesuffix(".json")) for name in store.list(LEFT)]
 
 
 def find_order(store: Store, scratch: Path) -> Order | None:

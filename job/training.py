@@ -7,13 +7,14 @@ divergence goes into the ledger, so an attempt on another machine starts there.
 
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from job.assignment import assign, rank_environs
 from job.deliver.finish import ADAPTER
 from job.deliver.record import Record
 from job.display import Display
-from job.errors import JobError, NetworkError
+from job.errors import JobError, NetworkError, PreemptedError
 from job.events import Ended, Evaluated, Event, Saved, Stepped, Stopped
 from job.foresight import Foresight
 from job.keep.budget import Budget
@@ -23,7 +24,8 @@ from job.keep.kept import bring_kept
 from job.keep.ledger import Ledger
 from job.keep.mirror import Mirror
 from job.keep.store import Store
-from job.orders import Order, give_order, new_id
+from job.lookout import Lookout
+from job.orders import Order, find_left, give_order, new_id
 from job.plan.forecast import Plan
 from job.plan.hardware import find_devices
 from job.plan.nodes import Nodes
@@ -34,7 +36,8 @@ from job.stopping import LAST_SECONDS, StopRequest
 from job.supervise import ChildFailedError
 from job.train.trackers import TRACKERS, TrackerFiles, new_tracker_id, tracker_environ
 
-MAX_HANGS = 1
+LEFT_SECONDS = 15.0
+"""How long the trainer may take to save after another machine has left, if it notices at all."""
 
 StartChild = Callable[..., None]
 
@@ -189,7 +192,8 @@ class Training:
             order_id=self._order(plan, fit, first_step) if self._nodes.num_nodes > 1 else "",
         )
         trackers = self._tracker_environ()
-        self._start_child(
+        start: Callable[..., None] = partial(
+            self._start_child,
             "train",
             spec,
             allowed=(),
@@ -197,6 +201,26 @@ class Training:
             hang_seconds=keep.hang_seconds,
             ranks=rank_environs(self._nodes, self._environ, num_gpus=num_gpus, warn=self._display.say),
         )
+        if self._nodes.num_nodes == 1:
+            start()
+        else:
+            self._start_with_others(start)
+
+    def _start_with_others(self, start: Callable[..., None]) -> None:
+        """Other machines take part; without one of them nothing goes on, here neither.
+
+        Raises:
+            ChildFailedError: as the trainer does; that another machine is gone is a reason to start all of them again.
+        """
+        lookout = Lookout(lambda: bool(find_left(self._store)))
+        try:
+            with lookout:
+                start(is_pointless=lambda: lookout.has_seen and lookout.seconds_since > LEFT_SECONDS)
+        except ChildFailedError as failure:
+            if failure.stopped is not Stopped.CRASHED or self._stop.is_asked():
+                raise
+            error = PreemptedError(f"another machine of this run has left ({failure.error}); start all again to continue")
+            raise ChildFailedError(error, Stopped.PREEMPTED, failed=failure.failed) from failure
 
     def _order(self, plan: Plan, fit: Fit, first_step: int) -> str:
         """Have the other machines start too; returns the order's name."""

@@ -19,7 +19,7 @@ STEPS = (
     ("plan", "data", "keep", "scoring"),
     ("train", "stopping", "processes", "supervise", "display", "energy"),
     ("deliver", "preflight", "prepared"),
-    ("sizing", "speeds", "foresight", "assignment", "orders"),
+    ("sizing", "speeds", "foresight", "assignment", "orders", "lookout"),
     ("child", "planning"),
     ("recovery",),
     ("training", "quote"),

@@ -191,7 +191,13 @@ def test_a_loss_that_diverges_on_one_rank_stops_all_before_the_step_is_applied(
     assert training.steps() == [3]
 
 
-@given(num_rows=st.integers(1, 200), rows=st.integers(1, 5), num=st.integers(2, 8), epoch=st.integers(0, 3), is_shuffled=st.booleans())
+@given(
+    num_rows=st.integers(1, 200),
+    rows=st.integers(1, 5),
+    num=st.integers(2, 8),
+    epoch=st.integers(0, 3),
+    is_shuffled=st.booleans(),
+)
 def test_each_real_row_is_in_exactly_one_share_and_all_shares_are_equal(
     num_rows: int, rows: int, num: int, epoch: int, is_shuffled: bool
 ) -> None:
