@@ -15,7 +15,7 @@ from typing import Any
 import botocore.session
 import pytest
 from botocore.validate import ParamValidator
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from manifests import DEPLOY, READERS, ROOT, Manifest, documents
 
 from job import __version__
