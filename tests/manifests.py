@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -101,13 +102,14 @@ def _dstack() -> Manifest:
 def dry_run_of_hf_jobs() -> str:
     """What Hugging Face's own command line makes of deploy/hf-jobs.sh."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    return subprocess.run(
-        ["sh", str(DEPLOY / "hf-jobs.sh"), "--dry-run", "--format", "human"],
-        env={"PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "HF_TOKEN": "hf_planted"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    with tempfile.TemporaryDirectory() as home:
+        return subprocess.run(
+            ["sh", str(DEPLOY / "hf-jobs.sh"), "--dry-run", "--format", "human"],
+            env={"PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": home, "HF_TOKEN": "hf_planted"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
 
 
 def _hf_jobs() -> Manifest:
