@@ -121,6 +121,8 @@ class Foresight:
             activation_checkpointing=self._recomputes,
             optimizer=self._optimizer,
             on_gpu=self.plan.gpu is not None,
+            num_devices=self.plan.num_devices,
+            parallel=self.plan.parallel,
         )
 
     def _step(self, event: Stepped) -> None:

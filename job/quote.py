@@ -23,6 +23,7 @@ from job.plan.memory import MemoryEstimate
 from job.plan.offers import Offer, make_offers, memory_as_set
 from job.plan.price import Price, listed_price, stated_price
 from job.plan.show import memory_line, model_line, offers_table
+from job.plan.spread import check_shares
 from job.planning import Planner
 from job.settings import Settings
 from job.sizing import Sizes
@@ -95,10 +96,10 @@ def make_quote(
         tally: of the data, if it is prepared; else its first rows are read.
 
     Raises:
-        SettingsError: no such GPU.
+        SettingsError: no such GPU, or so many cannot share a step evenly.
         ChildFailedError: the model's configuration cannot be had.
     """
-    num_gpus = _number(flags.get("num_gpus", "1"))
+    num_gpus = _num_gpus(flags.get("num_gpus"), settings)
     asked = flags.get("gpu")
     gpus = [_find(asked)] if asked else _all_gpus(planner)
     footprint = sizes.footprint(on_gpu=True, with_data=tally is None)
@@ -106,7 +107,11 @@ def make_quote(
     planned = work or Work(num_examples=settings.train.effective_batch_size, num_tokens=1, longest_tokens=sizes.bound)
     around = planner.circumstances(footprint)
     rows = [
-        (gpu, _price(gpu, settings, planner, asked=asked, num_gpus=num_gpus), learned_speed(shared, scratch, settings, gpu.name))
+        (
+            gpu,
+            _price(gpu, settings, planner, asked=asked, num_gpus=num_gpus),
+            learned_speed(shared, scratch, settings, gpu.name, num_devices=num_gpus),
+        )
         for gpu in gpus
     ]
     offers = make_offers(rows, settings.train, settings.model, planned, footprint, around, num_gpus=num_gpus)
@@ -114,11 +119,23 @@ def make_quote(
         unknown = {"hours_low": None, "hours_high": None, "cost_usd_low": None, "cost_usd_high": None}
         offers = [offer.model_copy(update=unknown) for offer in offers]
     shown = next((gpu for gpu, offer in zip(gpus, offers, strict=True) if offer.is_cheapest or len(gpus) == 1), gpus[-1])
-    plan = forecast(settings.train, settings.model, planned, footprint=footprint, gpu=shown, circumstances=around)
+    speed = next(speed for gpu, _, speed in rows if gpu is shown)
+    plan = forecast(
+        settings.train,
+        settings.model,
+        planned,
+        footprint=footprint,
+        gpu=shown,
+        speed=speed if work else None,
+        circumstances=around,
+        num_devices=num_gpus,
+    )
     return Quote(
         model_id=settings.model.model_id,
         footprint=footprint,
-        memory=memory_as_set(settings.train, footprint, length=sizes.bound, on_gpu=True),
+        memory=memory_as_set(
+            settings.train, footprint, length=sizes.bound, on_gpu=True, num_devices=num_gpus, parallel=plan.parallel
+        ),
         work=work,
         why_unknown=sizes.estimate_failed,
         offers=offers,
@@ -147,7 +164,9 @@ def _show(quote: Quote, settings: Settings, redact: Callable[[str], str]) -> Non
     say("")
     best = next((offer for offer in quote.offers if offer.is_cheapest), None)
     if best is not None:
-        say(f"* the cheapest that fits: {best.name}; batch r: activations are recomputed")
+        shared = ", f: fsdp shares the weights" if any(offer.parallel == "fsdp" for offer in quote.offers) else ""
+        several = f"{best.num_gpus} x " if best.num_gpus > 1 else ""
+        say(f"* the cheapest that fits: {several}{best.name}; batch r: activations are recomputed{shared}")
     for kind, texts in (
         ("must be changed", quote.footprint.problems),
         ("advice", quote.advice),
@@ -162,6 +181,8 @@ def _judge(quote: Quote, settings: Settings) -> None:
     if not fitting:
         need = min(offer.safe_peak_bytes for offer in quote.offers) / 2**30
         names = quote.offers[0].name if len(quote.offers) == 1 else "any of these GPUs"
+        if quote.offers[0].num_gpus > 1:
+            names = f"{quote.offers[0].num_gpus} x {names}"
         raise PlanError(
             f"MODEL_ID={quote.model_id}: the run needs {need:.1f} GiB to be safe and does not fit on {names}: "
             f"{quote.offers[-1].hint}"
@@ -175,8 +196,15 @@ def _judge(quote: Quote, settings: Settings) -> None:
         )
 
 
-def _number(text: str) -> int:
+def _num_gpus(text: str | None, settings: Settings) -> int:
+    """Those that were asked for, as many as processes, else one."""
+    asked = settings.train.nproc_per_node
+    if text is None:
+        number = 1 if asked == "auto" else asked
+        check_shares(settings.train, number)
+        return number
     if text.isdigit() and int(text) > 0:
+        check_shares(settings.train, int(text), setting="--num-gpus")
         return int(text)
     raise SettingsError([Problem(setting="--num-gpus", value=text, rule="must be a whole number above 0", way_out="correct it")])
 
@@ -199,12 +227,16 @@ def _all_gpus(planner: Planner) -> Sequence[Gpu]:
 
 
 def _price(gpu: Gpu, settings: Settings, planner: Planner, *, asked: str | None, num_gpus: int) -> Price | None:
-    """The user's word counts for the GPU that was named, or that this machine has; the tables for all others."""
+    """The user's word counts for the GPU that was named, or that this machine has; the tables for all others.
+
+    What this machine costs is no price of a machine with another number of GPUs.
+    """
     rate, prices_file = settings.budget.gpu_hourly_rate, settings.budget.gpu_prices_file
     is_own = planner.gpu is not None and planner.gpu.name == gpu.name
     if rate is not None and (asked or is_own):
         return stated_price(rate)
-    if is_own and planner.price is not None:
+    has_as_many = len(planner.devices) == num_gpus and planner.nodes.num_nodes == 1
+    if is_own and has_as_many and planner.price is not None:
         return planner.price
     return listed_price(gpu.name, prices_file, num_gpus=num_gpus)
 
@@ -215,7 +247,7 @@ def _assumptions(plan: Plan, work: Work | None, num_gpus: int) -> list[str]:
         told.append("start, download at 50-500 MB/s, preparation, evaluations, checkpoints and the end are in the hours")
     told.append("memory to be safe: 25% of what comes and goes, 0.25 GiB and the CUDA context on top; a GPU's screen takes more")
     if num_gpus > 1:
-        told.append(f"{num_gpus} GPUs are paid for and one is used")
+        told.append(f"{num_gpus} GPUs of one machine; memory and batch are of each, price and cost of all")
     return told
 
 

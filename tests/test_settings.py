@@ -96,6 +96,8 @@ BAD_VALUES: dict[str, tuple[str, ...]] = {
     "EFFECTIVE_BATCH_SIZE": ("0",),
     "PER_DEVICE_TRAIN_BATCH_SIZE": ("0", "automatic"),
     "GRADIENT_ACCUMULATION_STEPS": ("0",),
+    "NPROC_PER_NODE": ("0", "-1", "all", "1.5"),
+    "PARALLEL": ("fsdp2", "tensor"),
     "ACTIVATION_CHECKPOINTING": ("perhaps",),
     "SEED": ("-1", "1.5", "4294967296"),  # numpy and with it transformers' set_seed take 32 bits
     "LOGGING_STEPS": ("0",),
@@ -604,6 +606,8 @@ def test_the_same_settings_are_the_same_run_whatever_layer_they_come_from(tmp_pa
         ("HF_TOKEN", "planted"),
         ("PER_DEVICE_TRAIN_BATCH_SIZE", "4"),
         ("ACTIVATION_CHECKPOINTING", "1"),
+        ("NPROC_PER_NODE", "2"),
+        ("PARALLEL", "fsdp"),
         ("RUN_ID", "mine"),
         ("LOGGING_STEPS", "5"),
         ("EVAL_PROMPTS", "What?"),

@@ -227,9 +227,14 @@ def _sharing(layout: Layout, gpu: Gpu | None, speed: Speed | None, num_devices: 
         return []
     where = f" in {num_nodes} machines" if num_nodes > 1 else ""
     told = []
-    if speed is None or speed.num_devices != num_devices:
+    if gpu is None and num_nodes == 1:
+        told.append(f"{num_devices} processes share the cores of one CPU, and are no faster than one")
+    elif speed is None or speed.num_devices != num_devices:
         low, high = (round(100 * share) for share in EFFICIENCY[layout.parallel, num_nodes > 1])
-        told.append(f"{num_devices} devices{where} with {layout.parallel}: {low}-{high}% of {num_devices} times the speed of one")
+        number = num_devices if gpu else num_nodes
+        told.append(
+            f"{number} {'GPUs' if gpu else 'CPUs'}{where} with {layout.parallel}: {low}-{high}% of {number} times one's speed"
+        )
     if gpu and layout.parallel == "fsdp":
         told.append("fsdp: each GPU holds a share of the weights and gathers two layers at a time; never run by us")
     elif gpu:
@@ -248,7 +253,7 @@ def _training_seconds(
     num_devices: int,
     num_nodes: int,
 ) -> Range | None:
-    slow, fast = speed_up(num_devices, layout.parallel, num_nodes=num_nodes)
+    slow, fast = speed_up(num_devices if gpu else num_nodes, layout.parallel, num_nodes=num_nodes)  # one CPU stays one
     if speed is not None and speed.num_devices == num_devices:
         slow = fast = 1.0
     spread = Range(low=max(1 - work.error, 0.1) / fast, high=(1 + work.error) / slow)

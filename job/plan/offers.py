@@ -9,12 +9,13 @@ from job.plan.forecast import Circumstances, Plan, Work, forecast
 from job.plan.hardware import OLDEST_CAPABILITY, Gpu
 from job.plan.memory import MemoryEstimate, estimate_memory, memory_alone, optimizer_name
 from job.plan.price import Price
+from job.plan.sharing import Parallel
 from job.plan.throughput import Speed
 from job.settings import ModelSettings, TrainSettings
 
 
 class Offer(BaseModel):
-    """One GPU, and what the run would be on it."""
+    """One GPU or several alike, and what the run would be on them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,6 +30,9 @@ class Offer(BaseModel):
     safe_peak_bytes: int
     micro_batch: int
     gradient_accumulation_steps: int
+    """Of each GPU."""
+    parallel: Parallel | None
+    """How several share the model."""
     activation_checkpointing: bool
     hours_low: float | None
     hours_high: float | None
@@ -52,7 +56,7 @@ def make_offers(
     *,
     num_gpus: int = 1,
 ) -> list[Offer]:
-    """Forecast the run on each GPU, in the order given."""
+    """Forecast the run on so many of each GPU, in the order given; prices are of all of them."""
     offers = [_offer(gpu, price, speed, train, model, work, footprint, circumstances, num_gpus) for gpu, price, speed in gpus]
     fitting = [offer for offer in offers if offer.fits and _cost(offer) is not None]
     if fitting:
@@ -61,7 +65,15 @@ def make_offers(
     return offers
 
 
-def memory_as_set(train: TrainSettings, footprint: Footprint, *, length: int, on_gpu: bool) -> MemoryEstimate:
+def memory_as_set(
+    train: TrainSettings,
+    footprint: Footprint,
+    *,
+    length: int,
+    on_gpu: bool,
+    num_devices: int = 1,
+    parallel: Parallel | None = None,
+) -> MemoryEstimate:
     """For the micro-batch that was set, one example with `auto`; activations recomputed unless that is off."""
     rows = 1 if train.per_device_train_batch_size == "auto" else train.per_device_train_batch_size
     return estimate_memory(
@@ -71,14 +83,27 @@ def memory_as_set(train: TrainSettings, footprint: Footprint, *, length: int, on
         activation_checkpointing=train.activation_checkpointing is not False,
         optimizer=optimizer_name(train, on_gpu=on_gpu),
         on_gpu=on_gpu,
+        num_devices=num_devices,
+        parallel=parallel,
     )
 
 
-def longest_that_fits(train: TrainSettings, footprint: Footprint, gpu: Gpu, *, below: int) -> int | None:
+def longest_that_fits(
+    train: TrainSettings,
+    footprint: Footprint,
+    gpu: Gpu,
+    *,
+    below: int,
+    num_devices: int = 1,
+    parallel: Parallel | None = None,
+) -> int | None:
     """The longest example, in steps of 64 tokens, that fits alone with activations recomputed; None when none does."""
 
-    lengths = range(64, below, 64)
-    fitting = [one for one in lengths if memory_alone(footprint, train, length=one).safe_peak_bytes <= gpu.memory_bytes]
+    def fits(length: int) -> bool:
+        memory = memory_alone(footprint, train, length=length, num_devices=num_devices, parallel=parallel)
+        return memory.safe_peak_bytes <= gpu.memory_bytes
+
+    fitting = [length for length in range(64, below, 64) if fits(length)]
     return fitting[-1] if fitting else None
 
 
@@ -93,7 +118,17 @@ def _offer(
     circumstances: Circumstances,
     num_gpus: int,
 ) -> Offer:
-    plan = forecast(train, model, work, footprint=footprint, gpu=gpu, price=price, speed=speed, circumstances=circumstances)
+    plan = forecast(
+        train,
+        model,
+        work,
+        footprint=footprint,
+        gpu=gpu,
+        price=price,
+        speed=speed,
+        circumstances=circumstances,
+        num_devices=num_gpus,
+    )
     assert plan.memory is not None
     is_too_old = gpu.compute_capability < OLDEST_CAPABILITY
     fits = plan.fits is True and not is_too_old
@@ -113,6 +148,7 @@ def _offer(
         safe_peak_bytes=plan.memory.safe_peak_bytes,
         micro_batch=plan.micro_batch,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        parallel=plan.parallel,
         activation_checkpointing=plan.activation_checkpointing is True,
         hours_low=hours[0],
         hours_high=hours[1],
@@ -129,7 +165,13 @@ def _hint(plan: Plan, train: TrainSettings, model: ModelSettings, work: Work, fo
         return "ACTIVATION_CHECKPOINTING=1 or auto needs far less"
     if plan.micro_batch > 1:
         return "PER_DEVICE_TRAIN_BATCH_SIZE=auto takes smaller micro-batches"
-    length = longest_that_fits(train, footprint, gpu, below=work.longest_tokens)
+    if train.parallel == "ddp" and plan.parallel and not model.load_in_8bit:
+        shared = memory_alone(footprint, train, length=work.longest_tokens, num_devices=plan.num_devices, parallel="fsdp")
+        if shared.safe_peak_bytes <= gpu.memory_bytes:
+            return "PARALLEL=auto or fsdp shares the weights out, and would fit"
+    length = longest_that_fits(
+        train, footprint, gpu, below=work.longest_tokens, num_devices=plan.num_devices, parallel=plan.parallel
+    )
     if length is not None and length >= 256:
         return f"MAX_LENGTH={length} would fit"
     if not model.load_in_4bit:

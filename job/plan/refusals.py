@@ -18,11 +18,15 @@ def check_memory(plan: Plan, train: TrainSettings, footprint: Footprint | None, 
     asked = train.per_device_train_batch_size
     kind = "recomputed" if plan.activation_checkpointing else "kept"
     where = f"the GPU {plan.gpu} has" if plan.gpu else "this machine has"
+    if plan.num_devices > 1:
+        where = f"each of the {plan.num_devices} {f'GPUs ({plan.gpu})' if plan.gpu else 'processes'}, with {plan.parallel}, has"
     ways = ["a lower MAX_LENGTH or LORA_R", "a smaller model"]
     if asked != "auto" and asked > 1:
         ways.insert(0, "PER_DEVICE_TRAIN_BATCH_SIZE=auto")
     if train.activation_checkpointing is False:
         ways.insert(0, "ACTIVATION_CHECKPOINTING=auto")
+    if train.parallel == "ddp" and plan.num_devices > 1:
+        ways.insert(0, "PARALLEL=auto")
     if plan.gpu and footprint is not None and (larger := _cheapest_that_fits(train, footprint, longest)):
         ways.append(larger)
     raise PlanError(

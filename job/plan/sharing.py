@@ -76,7 +76,7 @@ def share(footprint: Footprint, optimizer: int, *, num_devices: int, parallel: P
 
 def speed_up(num_devices: int, parallel: Parallel | None, *, num_nodes: int) -> tuple[float, float]:
     """How many times as fast as one GPU: at least, and at best."""
-    if parallel is None:
+    if parallel is None or num_devices == 1:
         return 1.0, 1.0
     low, high = EFFICIENCY[parallel, num_nodes > 1]
     return max(1.0, num_devices * low) if parallel == "ddp" else num_devices * low, num_devices * high

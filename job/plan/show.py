@@ -21,7 +21,8 @@ def offers_table(offers: Sequence[Offer]) -> Table:
     ):  # fmt: skip
         table.add_column(name, justify="right" if right else "left", no_wrap=name != "price from, or what would make it fit")
     for offer in offers:
-        batch = f"{offer.micro_batch} x {offer.gradient_accumulation_steps}{' r' if offer.activation_checkpointing else ''}"
+        batch = f"{offer.micro_batch} x {offer.gradient_accumulation_steps}"
+        batch += f"{' r' if offer.activation_checkpointing else ''}{' f' if offer.parallel == 'fsdp' else ''}"
         table.add_row(
             f"{'* ' if offer.is_cheapest else '  '}{f'{offer.num_gpus} x ' if offer.num_gpus > 1 else ''}{offer.name}",
             f"{offer.memory_bytes / GIB:.0f} GiB",
@@ -75,12 +76,18 @@ def model_line(model_id: str, footprint: Footprint) -> str:
 
 def plan_line(plan: Plan) -> str:
     """What the run will take, for the screen."""
+    each = ""
+    if plan.num_devices > 1:
+        machines = f" in {plan.num_nodes} machines" if plan.num_nodes > 1 else ""
+        each = f" on each of {plan.num_devices} {'GPUs' if plan.gpu else 'processes'}{machines} ({plan.parallel})"
     text = (
-        f"plan: {plan.num_steps:,} steps of {plan.micro_batch} x {plan.gradient_accumulation_steps} examples, "
+        f"plan: {plan.num_steps:,} steps of {plan.micro_batch} x {plan.gradient_accumulation_steps} examples{each}, "
         f"{plan.num_tokens:,} tokens"
     )
     if plan.memory is not None and plan.memory_bytes:
         where = plan.gpu or "this machine"
+        if plan.num_devices > 1:
+            where = f"each {plan.gpu}" if plan.gpu else "each process"
         text += (
             f"; {plan.memory.peak_bytes / GIB:.1f} GiB of memory expected, {plan.memory.safe_peak_bytes / GIB:.1f} to be safe, "
             f"of {plan.memory_bytes / GIB:.1f} ({where})"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from job.keep.store import FolderStore, Store, hurried
 from job.plan.hardware import find_devices
+from job.plan.nodes import find_nodes
 from job.preflight.clock import Clock, check_clock
 from job.preflight.gpus import check_gpus
 from job.preflight.keeping import check_store, check_volume, is_container
@@ -79,7 +80,7 @@ def check_everything(
         if first[-1].name != "volume" or first[-1].error is None:  # else nothing is to be written there
             checks["store"] = lambda: check_store(hurried(store, clock.read), Path(scratch))
         if not is_trained:
-            checks["GPU"] = lambda: check_gpus(settings.model, find_devices(environ))
+            checks["GPU"] = lambda: _check_gpus(settings, environ)
             checks |= _checks_of_the_end(settings, environ)
         collect, further = start(checks), {} if is_trained else dict(more or {})
         collect_further = start(further)
@@ -99,6 +100,16 @@ def check_everything(
         ahead = clock.ahead_seconds
         last.append(judge("clock", lambda: check_clock(ahead)))
     return [*first, *own, *answers.results, *last]
+
+
+def _check_gpus(settings: Settings, environ: Mapping[str, str]) -> str:
+    """Those of this machine; how many of them are used may be for an engine of several machines to say."""
+    devices, asked = find_devices(environ), settings.train.nproc_per_node
+    nodes = find_nodes(environ, num_gpus=len(devices), per_node=None if asked == "auto" else asked)
+    found = check_gpus(settings.model, devices, num_used=nodes.processes_per_node, parallel=settings.train.parallel)
+    if nodes.num_nodes == 1:
+        return found
+    return f"{found}; machine {nodes.node_rank} of 0 to {nodes.num_nodes - 1}, as {nodes.engine} says"
 
 
 def _checks_of_the_end(settings: Settings, environ: Mapping[str, str]) -> dict[str, Check]:

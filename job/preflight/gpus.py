@@ -35,12 +35,23 @@ _DATA_CENTRE = (
 )
 
 
-def check_gpus(model: ModelSettings, devices: Sequence[Device], *, compat_folders: Sequence[Path] = COMPAT_FOLDERS) -> str:
-    """Judge the GPU that will be used, which is the first.
+def check_gpus(
+    model: ModelSettings,
+    devices: Sequence[Device],
+    *,
+    num_used: int | None = None,
+    parallel: str = "auto",
+    compat_folders: Sequence[Path] = COMPAT_FOLDERS,
+) -> str:
+    """Judge the GPUs that will be used, which are the first.
+
+    Args:
+        num_used: trainer processes on this machine; None for one on each GPU.
+        parallel: PARALLEL.
 
     Raises:
-        MachineError: it is too old, or its driver is, or there is none and LOAD_IN_8BIT asks for one.
-        SettingsError: DTYPE or ATTN_IMPLEMENTATION asks for what it cannot do.
+        MachineError: one is too old, or its driver is, or there is none and LOAD_IN_8BIT asks for one.
+        SettingsError: NPROC_PER_NODE, PARALLEL, DTYPE or ATTN_IMPLEMENTATION asks for what they cannot do.
     """
     if not devices:
         if model.load_in_8bit:
@@ -48,9 +59,31 @@ def check_gpus(model: ModelSettings, devices: Sequence[Device], *, compat_folder
         if model.attn_implementation == "flash_attention_2":
             raise _refused("ATTN_IMPLEMENTATION", "flash_attention_2", "needs a GPU, and none was found", "set sdpa")
         return "none found; training on the CPU is slow"
-    device = devices[0]
+    used = devices if num_used is None else devices[:num_used]
+    if num_used is not None and num_used > len(devices):
+        have = "one GPU" if len(devices) == 1 else f"{len(devices)} GPUs"
+        rule = f"each process needs a GPU of its own, and this machine has {have}"
+        raise _refused("NPROC_PER_NODE", str(num_used), rule, f"set {len(devices)}, or take a machine with more")
+    if parallel == "fsdp" and len(used) > 1 and model.load_in_8bit:
+        raise _refused("PARALLEL", "fsdp", "bitsandbytes' 8-bit weights cannot be shared out", "set LOAD_IN_4BIT=1, or ddp")
+    warnings = list(dict.fromkeys(filter(None, (_check_one(model, device, compat_folders) for device in used))))
+    kinds = list(dict.fromkeys(device.name for device in used))
+    least = min(used, key=lambda device: device.memory_bytes)
+    if len(kinds) > 1:
+        _check_mixed(model, used)
+        warnings.append(f"{WARNING}{' and '.join(kinds)}: the slowest sets the pace, {_gib(least)} are counted on of each")
+    if warnings:
+        return "; ".join([warnings[0], *(text.removeprefix(WARNING) for text in warnings[1:])])
+    several = f"{len(used)} x " if len(used) > 1 else ""
+    idle = len(devices) - len(used)
+    more = f", and {idle} more, which will be idle" if idle else ""
+    return f"{several}{_name(least)}, {_gib(least)}, driver {least.driver or 'unknown'}{more}"
+
+
+def _check_one(model: ModelSettings, device: Device, compat_folders: Sequence[Path]) -> str:
+    """A warning, or nothing."""
     capability = device.compute_capability  # 0 when the driver is too old to tell
-    name = f"{device.name} (compute capability {capability:g})" if capability else device.name
+    name = _name(device)
     warning = _check_driver(device, compat_folders)
     if 0 < capability < OLDEST:
         raise MachineError(f"{name}: CUDA 13 needs {OLDEST} or newer (Turing, 2018); take a machine with a newer GPU")
@@ -63,8 +96,24 @@ def check_gpus(model: ModelSettings, devices: Sequence[Device], *, compat_folder
         if find_spec("flash_attn") is None:
             rule = "its package flash_attn is not installed"
             raise _refused("ATTN_IMPLEMENTATION", "flash_attention_2", rule, "set sdpa, or install it into the image")
-    more = f" and {len(devices) - 1} more, which will be idle" if len(devices) > 1 else ""
-    return warning or f"{name}, {device.memory_bytes / 2**30:.0f} GiB, driver {device.driver or 'unknown'}{more}"
+    return warning
+
+
+def _check_mixed(model: ModelSettings, used: Sequence[Device]) -> None:
+    """All ranks of a run compute in one format; `auto` would choose by each one's GPU."""
+    older = [device for device in used if 0 < device.compute_capability < BFLOAT16]
+    newer = [device for device in used if device.compute_capability >= BFLOAT16]
+    if model.dtype == "auto" and older and newer:
+        rule = f"would be float16 on the {older[0].name} and bfloat16 on the {newer[0].name} of the same run"
+        raise _refused("DTYPE", "auto", rule, "set float16, or show the run GPUs of one kind (CUDA_VISIBLE_DEVICES)")
+
+
+def _name(device: Device) -> str:
+    return f"{device.name} (compute capability {device.compute_capability:g})" if device.compute_capability else device.name
+
+
+def _gib(device: Device) -> str:
+    return f"{device.memory_bytes / 2**30:.0f} GiB"
 
 
 def _check_driver(device: Device, compat_folders: Sequence[Path]) -> str:
