@@ -104,6 +104,11 @@ def test_the_users_rate_counts_for_the_gpu_that_is_named(tmp_path: Path, convers
     quote = quoted(job, "--gpu", "b200", GPU_HOURLY_RATE="6.36")
     (gpu,) = quote["gpus"]
     assert gpu["cost_usd_high"] == pytest.approx(gpu["hours_high"] * 6.36)
+    quote = quoted(job, "--gpu", "b200", "--num-gpus", "4", GPU_HOURLY_RATE="20")
+    (four,) = quote["gpus"]
+    assert (four["num_gpus"], four["parallel"], four["usd_per_hour"]) == (4, "ddp", 20)
+    assert four["micro_batch"] * four["gradient_accumulation_steps"] == 4
+    assert four["hours_low"] < gpu["hours_low"] and any("times one's speed" in text for text in quote["assumptions"])
     assert "safetensors" not in str(list((tmp_path / "work").rglob("*"))) and time.monotonic() - begun < 200
 
 
@@ -116,7 +121,11 @@ def test_a_signed_address_is_not_told(tmp_path: Path, conversations: Path) -> No
 
 
 def test_flags_that_make_no_sense_are_refused_by_name(job: Job) -> None:
-    for flags, named in ((("--gpu", "RTX 4099"), "did you mean RTX 409"), (("--num-gpus", "none"), "--num-gpus=none")):
+    for flags, named in (
+        (("--gpu", "RTX 4099"), "did you mean RTX 409"),
+        (("--num-gpus", "none"), "--num-gpus=none"),
+        (("--num-gpus", "3"), "must be a multiple of the 3 GPUs"),
+    ):
         status, output = job.run("plan", *flags)
         assert status == 2 and named in output, output
 
@@ -137,11 +146,11 @@ def test_prepared_data_are_counted_and_unprepared_estimated(job: Job) -> None:
     assert rough["num_tokens"] == pytest.approx(exact["num_tokens"], rel=0.1)
 
 
-def fake_driver(folder: Path, line: str) -> str:
-    """A PATH with an nvidia-smi that prints this."""
+def fake_driver(folder: Path, *lines: str) -> str:
+    """A PATH with an nvidia-smi that prints this, a line for each GPU."""
     folder.mkdir()
     script = folder / "nvidia-smi"
-    script.write_text(f"#!/bin/sh\necho '{line}'\n")
+    script.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return f"{folder}:/usr/bin:/bin"
 
@@ -153,6 +162,11 @@ def test_a_run_that_cannot_fit_its_gpu_is_refused_before_anything(tmp_path: Path
     assert status == 4, output
     for part in ("RTX 4090", "MAX_LENGTH=2048", "ACTIVATION_CHECKPOINTING=auto", "larger GPU"):
         assert part in output, output
+    path = fake_driver(tmp_path / "three", *["NVIDIA GeForce RTX 4090, 24564, 580.65.06, 8.9"] * 3)
+    status, output = job.run("check", PATH=path)
+    assert status == 2 and "EFFECTIVE_BATCH_SIZE=16: must be a multiple of the 3 GPUs; take 15 or 18" in output, output
+    status, output = job.run("check", PATH=path, NPROC_PER_NODE="2")
+    assert status == 0 and "2 x NVIDIA GeForce RTX 4090" in output and "on each of 2 GPUs (ddp)" in output, output
 
 
 def test_a_budget_that_cannot_suffice_is_refused_before_anything(tmp_path: Path, conversations: Path) -> None:

@@ -109,6 +109,7 @@ def test_a_note_of_before_there_were_several_devices_is_of_one() -> None:
         ({}, {"num_processes": 3, "on_gpu": False}, "of the 3 processes;"),
         ({}, {"num_processes": 6, "num_nodes": 2}, "of the 6 GPUs of 2 machines; take 12 or 18, or NPROC_PER_NODE=2"),
         ({"effective_batch_size": 2}, {"num_processes": 4}, "EFFECTIVE_BATCH_SIZE=2: .* 4 GPUs; take 4, or NPROC_PER_NODE=2"),
+        ({"effective_batch_size": 14}, {"num_processes": 8, "num_nodes": 2}, "take 8 or 16, or NPROC_PER_NODE=1"),
         ({"effective_batch_size": 1}, {"num_processes": 2, "num_nodes": 2}, "take 2, or fewer machines"),
         ({}, {"num_processes": 4, "num_examples": 13}, "is lowered to the 13 examples there are, .* 4 GPUs; take 12, or .*=1"),
         ({}, {"num_processes": 4, "num_examples": 3}, "lowered to the 3 examples there are.* 4 GPUs; take NPROC_PER_NODE=3"),
