@@ -20,7 +20,7 @@ from job.plan.nodes import Nodes, find_nodes
 from job.plan.price import Price, listed_price, runpod_price, stated_price
 from job.plan.refusals import check_cost, check_memory
 from job.plan.retreat import Fit
-from job.plan.show import GIB, plan_line
+from job.plan.show import GIB, plan_line, whose_memory
 from job.plan.spread import check_shares
 from job.settings import Settings, is_hub_id
 from job.sizing import Sizes
@@ -281,5 +281,5 @@ def _memory_only(plan: Plan) -> str:
         return "memory is not known"
     return (
         f"{plan.memory.peak_bytes / GIB:.1f} GiB of memory expected, {plan.memory.safe_peak_bytes / GIB:.1f} to be safe, of "
-        f"{plan.memory_bytes / GIB:.1f} ({plan.gpu or 'this machine'})"
+        f"{plan.memory_bytes / GIB:.1f} ({whose_memory(plan)})"
     )

@@ -104,12 +104,12 @@ def test_the_users_rate_counts_for_the_gpu_that_is_named(tmp_path: Path, convers
     quote = quoted(job, "--gpu", "b200", GPU_HOURLY_RATE="6.36")
     (gpu,) = quote["gpus"]
     assert gpu["cost_usd_high"] == pytest.approx(gpu["hours_high"] * 6.36)
+    assert "safetensors" not in str(list((tmp_path / "work").rglob("*"))) and time.monotonic() - begun < 200
     quote = quoted(job, "--gpu", "b200", "--num-gpus", "4", GPU_HOURLY_RATE="20")
     (four,) = quote["gpus"]
     assert (four["num_gpus"], four["parallel"], four["usd_per_hour"]) == (4, "ddp", 20)
     assert four["micro_batch"] * four["gradient_accumulation_steps"] == 4
     assert four["hours_low"] < gpu["hours_low"] and any("times one's speed" in text for text in quote["assumptions"])
-    assert "safetensors" not in str(list((tmp_path / "work").rglob("*"))) and time.monotonic() - begun < 200
 
 
 def test_a_signed_address_is_not_told(tmp_path: Path, conversations: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_run_that_cannot_fit_its_gpu_is_refused_before_anything(tmp_path: Path
     status, output = job.run("check", PATH=path)
     assert status == 2 and "EFFECTIVE_BATCH_SIZE=16: must be a multiple of the 3 GPUs; take 15 or 18" in output, output
     status, output = job.run("check", PATH=path, NPROC_PER_NODE="2")
-    assert status == 0 and "2 x NVIDIA GeForce RTX 4090" in output and "on each of 2 GPUs (ddp)" in output, output
+    assert status == 0 and "2 x NVIDIA GeForce RTX 4090" in output and "of 24.0 (each of 2 RTX 4090, ddp)" in output, output
 
 
 def test_a_budget_that_cannot_suffice_is_refused_before_anything(tmp_path: Path, conversations: Path) -> None:

@@ -212,7 +212,7 @@ def test_more_gpus_are_faster_and_never_as_much_as_their_number() -> None:
         assert plan.training_seconds_low == pytest.approx(one / 8 / fast)
         assert plan.training_seconds_high == pytest.approx((alone.training_seconds_high or 0) / 8 / slow)
         assert any(f"{round(100 * slow)}-{round(100 * fast)}% of 8 times" in text for text in plan.assumptions)
-    assert "on each of 8 GPUs in 4 machines (ddp)" in plan_line(apart) and "of 79.7 (each H100 SXM)" in plan_line(eight)
+    assert "on each of 8 GPUs in 4 machines (ddp)" in plan_line(apart) and "of 79.7 (each of 8 H100 SXM, ddp)" in plan_line(eight)
     assert "on each" not in plan_line(alone)
 
 

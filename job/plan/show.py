@@ -85,15 +85,19 @@ def plan_line(plan: Plan) -> str:
         f"{plan.num_tokens:,} tokens"
     )
     if plan.memory is not None and plan.memory_bytes:
-        where = plan.gpu or "this machine"
-        if plan.num_devices > 1:
-            where = f"each {plan.gpu}" if plan.gpu else "each process"
         text += (
             f"; {plan.memory.peak_bytes / GIB:.1f} GiB of memory expected, {plan.memory.safe_peak_bytes / GIB:.1f} to be safe, "
-            f"of {plan.memory_bytes / GIB:.1f} ({where})"
+            f"of {plan.memory_bytes / GIB:.1f} ({whose_memory(plan)})"
         )
     if plan.seconds_low is not None and plan.seconds_high is not None:
         text += f"; {span(plan.seconds_low / 3600, plan.seconds_high / 3600)} hours"
     if plan.cost_usd_low is not None:
         text += f", {span(plan.cost_usd_low, plan.cost_usd_high, unit='$')} ({plan.price_source})"
     return text
+
+
+def whose_memory(plan: Plan) -> str:
+    """What the memory figures are of."""
+    if plan.num_devices == 1:
+        return plan.gpu or "this machine"
+    return f"each of {plan.num_devices} {plan.gpu or 'processes'}, {plan.parallel}"
