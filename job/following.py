@@ -12,7 +12,7 @@ from pathlib import Path
 
 from job.assignment import assign, rank_environs
 from job.display import Display
-from job.errors import JobError, MachineError, NetworkError, PreemptedError, error_for_status
+from job.errors import JobError, NetworkError, PreemptedError, error_for_status
 from job.events import Stopped
 from job.keep.checkpoints import restore_latest
 from job.keep.store import Store
@@ -31,6 +31,10 @@ WAIT_SECONDS = 3600.0
 LEAVE_SECONDS = 5.0
 SETTLE_SECONDS = 180.0
 """How long an end that already lies there is taken for an earlier start's: machines do not begin at the same moment."""
+
+
+class StaleError(Exception):
+    """An order cannot be followed: it is of an earlier start, or the store is not yet what it says."""
 
 
 class Following:
@@ -109,6 +113,9 @@ class Following:
             self._done = order
             try:
                 self._follow(order, model_dir())
+            except StaleError as error:
+                self._display.say(f"{error}; waiting for another order")
+                continue
             except ChildFailedError as failure:
                 if self._stop.is_asked():
                     raise self._stop.error() from failure
@@ -153,11 +160,12 @@ class Following:
 
     def _follow(self, order: Order, model_dir: Path) -> None:
         with self._stop.at_once():
-            data_dir = self._stages.restore_prepared()
+            if (data_dir := self._stages.restore_prepared()) is None:
+                raise StaleError("the store does not hold the data that the first machine has prepared")
             resume_from = restore_latest(self._store, self._work / "checkpoints", self._warn, at_most=order.resume_step or 0)
         step = int(resume_from.name.removeprefix("step-")) if resume_from else None
         if step != order.resume_step:
-            raise MachineError(f"the store does not give the checkpoint of step {order.resume_step} that the run goes on from")
+            raise StaleError(f"the store does not hold the checkpoint of step {order.resume_step} that the run goes on from")
         gpus, nodes = find_devices(self._environ), self._stages.planner.nodes
         spec = assign(
             self._settings,

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from job.data.tally import DROPPED, TALLY, Tally, describe, load_tally
 from job.deliver.record import Record
 from job.display import Display
-from job.errors import JobError, MachineError
+from job.errors import JobError
 from job.events import Event, Fetched
 from job.foresight import Foresight
 from job.keep.budget import Budget
@@ -125,16 +125,10 @@ class Stages:
             self._display.say(line)
         return folder
 
-    def restore_prepared(self) -> Path:
-        """The data that another machine of this run has prepared; returns its folder.
-
-        Raises:
-            MachineError: they are not in the store.
-        """
+    def restore_prepared(self) -> Path | None:
+        """The folder of the data that another machine of this run has prepared; None when they are not in the store."""
         folder = prepared_folder(self._settings)
-        if not self._restore_prepared(folder, prepared_name(self._settings)):
-            raise MachineError(f"OUTPUT_URI={self._store.uri}: does not hold the data that the first machine has prepared")
-        return folder
+        return folder if self._restore_prepared(folder, prepared_name(self._settings)) else None
 
     def _restore_prepared(self, folder: Path, name: str) -> bool:
         """Whether the data that this run has prepared before lies in `folder` now."""

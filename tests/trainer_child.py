@@ -160,7 +160,7 @@ class Training:
         newest = local_steps(self.checkpoints)
         return TrainSpec(
             **{
-                "model": ModelSettings(model_id=str(self._model)),
+                "model": ModelSettings(**{"model_id": str(self._model), **options.pop("model", {})}),
                 "lora": LoraSettings(**lora),
                 "train": TrainSettings(**train),
                 "evaluate": EvaluateSettings(**{"eval_max_new_tokens": 4, **options.pop("evaluate", {})}),

@@ -16,6 +16,8 @@ def make_arguments(spec: TrainSpec, *, has_eval: bool) -> SFTConfig:
     settings, gpu = spec.train, torch.cuda.is_available()
     dtype = pick_dtype(spec.model.dtype)
     checkpointing = gpu if settings.activation_checkpointing == "auto" else settings.activation_checkpointing
+    recomputes = checkpointing if spec.activation_checkpointing is None else spec.activation_checkpointing
+    shares = spec.parallel == "fsdp"
     values: dict[str, Any] = {
         "output_dir": str(spec.scratch_dir),
         "per_device_train_batch_size": spec.micro_batch,
@@ -26,7 +28,8 @@ def make_arguments(spec: TrainSpec, *, has_eval: bool) -> SFTConfig:
         "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": settings.warmup_steps,
         "weight_decay": settings.weight_decay,
-        "optim": optimizer_name(settings, on_gpu=gpu),
+        # Shared parameters are DTensors, which 8-bit optimizers do not know (bitsandbytes 0.50).
+        "optim": "adamw_torch" if spec.parallel == "fsdp" and settings.optim == "auto" else optimizer_name(settings, on_gpu=gpu),
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
         "data_seed": settings.seed,
@@ -34,7 +37,9 @@ def make_arguments(spec: TrainSpec, *, has_eval: bool) -> SFTConfig:
         "bf16": gpu and dtype == torch.bfloat16,
         "fp16": gpu and dtype == torch.float16,
         "use_cpu": not gpu,
-        "activation_checkpointing": checkpointing if spec.activation_checkpointing is None else spec.activation_checkpointing,
+        "activation_checkpointing": recomputes and not shares,  # FSDP has its own, which gathers no layer twice
+        "fsdp": shares or None,
+        "fsdp_config": {"version": 2, "activation_checkpointing": recomputes} if shares else None,
         # 8-bit layers hold their input where only a recomputation from scratch lets go of it (bitsandbytes 0.50, MatMul8bitLt).
         "activation_checkpointing_kwargs": {"use_reentrant": True} if spec.model.load_in_8bit else None,
         "activation_offloading": spec.activation_offloading and gpu,  # on a CPU there is nowhere else to put them

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -20,7 +21,7 @@ from job.keep.checkpoints import DamagedError, best_step, check, local_losses, s
 from job.scoring.scorers import Score, score
 from job.train.answer import Prompt, answer, find_prompts
 from job.train.spec import TrainSpec
-from job.train.state import load_adapter
+from job.train.state import ADAPTER, load_adapter
 
 BASE_STEP = 0
 MAX_SCORERS = 8
@@ -147,6 +148,23 @@ class Choice:
         (folder / "README.md").unlink(missing_ok=True)
         shutil.rmtree(self._spec.adapter_dir, ignore_errors=True)
         folder.rename(self._spec.adapter_dir)
+
+
+def deliver_saved(checkpoint: Path, adapter_dir: Path, tokenizer: Any) -> None:
+    """Write the adapter of a checkpoint as it lies there; the one before stays until this one is whole.
+
+    Raises:
+        DamagedError: it is not whole.
+    """
+    check(checkpoint)
+    folder = adapter_dir.with_name(f"{adapter_dir.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in (ADAPTER, "adapter_config.json"):
+        shutil.copyfile(checkpoint / name, folder / name)
+    tokenizer.save_pretrained(str(folder))
+    shutil.rmtree(adapter_dir, ignore_errors=True)
+    folder.rename(adapter_dir)
 
 
 def choose(choice: Choice, watch: Any, events: EventWriter, strike: Any) -> None:

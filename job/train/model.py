@@ -48,8 +48,9 @@ def load_model(spec: TrainSpec) -> Any:
         raise MachineError("LOAD_IN_8BIT=1: training in 8 bits needs a GPU; use LOAD_IN_4BIT=1 on a CPU")
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
     if torch.cuda.is_available():
-        options["device_map"] = {"": torch.cuda.current_device()}
-    if asked := quantization(settings, dtype):
+        # Weights that are to be shared are whole in host memory only; FSDP gives each GPU its part (never run).
+        options["device_map"] = {"": "cpu" if spec.parallel == "fsdp" else torch.cuda.current_device()}
+    if asked := quantization(settings, dtype, is_shared=spec.parallel == "fsdp"):
         options["quantization_config"] = asked
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -137,10 +138,19 @@ def check_lora_targets(model: torch.nn.Module, settings: LoraSettings) -> None:
         raise SettingsError([problem])
 
 
-def quantization(settings: ModelSettings, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How bitsandbytes is asked to quantise; None for weights as they are."""
+def quantization(settings: ModelSettings, dtype: torch.dtype, *, is_shared: bool = False) -> BitsAndBytesConfig | None:
+    """How bitsandbytes is asked to quantise; None for weights as they are.
+
+    Args:
+        is_shared: whether several ranks have a part of each weight.
+    """
     if settings.load_in_4bit:
         return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            # FSDP can only share weights of a floating-point type (huggingface.co/docs/bitsandbytes, FSDP-QLoRA).
+            bnb_4bit_quant_storage=dtype if is_shared else torch.uint8,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if settings.load_in_8bit else None

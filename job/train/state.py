@@ -21,6 +21,7 @@ from transformers import TrainerState
 
 from job.errors import MachineError, Problem, SettingsError
 from job.keep.checkpoints import discard, make_room, seal, step_name
+from job.train.shards import gather, is_shared, spread_adapter, spread_optimizer
 
 ADAPTER, OPTIMIZER, SCHEDULER, SCALER = "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "scaler.pt"
 RNG, STATE = "rng_state.pth", "trainer_state.json"
@@ -70,10 +71,13 @@ def save_checkpoint(
     Raises:
         MachineError, OSError: the disk is full. What was there before is untouched, and nothing half written is sealed.
     """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if is_shared(trainer):
+        adapter, optimizer = gather(trainer)
     if not trainer.accelerator.is_main_process:
         return None
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    optimizer, adapter = trainer.optimizer.state_dict(), get_peft_model_state_dict(model, save_embedding_layers=False)
+    if not is_shared(trainer):
+        optimizer, adapter = trainer.optimizer.state_dict(), get_peft_model_state_dict(model, save_embedding_layers=False)
     make_room(folder, 2 * (_num_bytes(adapter) + _num_bytes(optimizer)))  # twice: its neighbours want to live as well
     written = scratch / f"checkpoint-{snapshot.step}"
     discard(written)
@@ -113,7 +117,10 @@ def load_adapter(trainer: Any, checkpoint: Path) -> None:
         tensors = load((checkpoint / ADAPTER).read_bytes())
     except (OSError, SafetensorError) as error:
         raise _refused(checkpoint / ADAPTER, error) from error
-    set_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model), tensors)
+    if is_shared(trainer):
+        spread_adapter(trainer, tensors)
+    else:
+        set_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model), tensors)
 
 
 def load_rng(checkpoint: Path) -> None:
@@ -125,7 +132,9 @@ def load_optimizer(trainer: Any, checkpoint: Path) -> None:
     optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     state, base_rates = _load(checkpoint / OPTIMIZER), list(scheduler.base_lrs)
-    if getattr(inner, "is_paged", False):
+    if is_shared(trainer):
+        spread_optimizer(trainer, state)
+    elif getattr(inner, "is_paged", False):
         _load_paged(inner, state)
     else:
         optimizer.load_state_dict(state)

@@ -5,15 +5,16 @@ However it ends, the last completed step is saved first when its state is sound,
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from job.errors import PreemptedError
 from job.events import Ended, EventWriter, Ordered, Progress, Saved, Stopped, Warned
-from job.keep.checkpoints import STORED, check, seal
+from job.keep.checkpoints import STORED, check, local_steps, seal, step_name
 from job.train.answer import time_answers
 from job.train.build import build, evaluate_step, lengths, room_tokens
-from job.train.choose import Choice, choose
+from job.train.choose import Choice, choose, deliver_saved
 from job.train.curves import Curves
 from job.train.faults import Faults
 from job.train.guards import DivergenceError
@@ -96,6 +97,8 @@ def _train(spec: TrainSpec, events: EventWriter, watch: Watch, curves: Curves, s
         evaluate_step(trainer, watch, events, has_eval=has_eval)
     if not watch.ranks.is_first:
         return Ended(stopped=Stopped.FINISHED, step=watch.step, peak_memory_bytes=peak_memory_bytes())
+    if spec.parallel == "fsdp":
+        return _deliver_shared(spec, watch, tokenizer, events)
     choice = Choice(
         trainer, tokenizer, spec, events, last_step=watch.step, losses=watch.evaluations, room_tokens=room_tokens(trainer, spec)
     )
@@ -107,6 +110,17 @@ def _train(spec: TrainSpec, events: EventWriter, watch: Watch, curves: Curves, s
         chosen_step=choice.step,
         chosen_by=choice.by,
     )
+
+
+def _deliver_shared(spec: TrainSpec, watch: Watch, tokenizer: Any, events: EventWriter) -> Ended:
+    """Deliver without the model, which no rank has whole: the best checkpoint's adapter, and no answers."""
+    best = watch.best_step if spec.evaluate.select_by != "last" else None
+    saved = local_steps(spec.checkpoints_dir)
+    step, by = (best, "eval_loss") if best in saved else (watch.step, "last")
+    assert step is not None
+    deliver_saved(spec.checkpoints_dir / step_name(step), spec.adapter_dir, tokenizer)
+    events.write(Warned(text="no answers: the weights are shared among the ranks; `evaluate` answers on one GPU that holds them"))
+    return Ended(stopped=Stopped.FINISHED, step=watch.step, peak_memory_bytes=peak_memory_bytes(), chosen_step=step, chosen_by=by)
 
 
 def _answers(spec: TrainSpec, watch: Watch) -> bool:
