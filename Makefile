@@ -32,11 +32,12 @@ smoke: install ## fine-tune a 135M model on this machine, from settings to repor
 test: install ## run the tests and report the coverage of job/
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal --cov=job --cov-report=term
 
-check: install ## what CI runs: format, lint, types, shell, Dockerfile, tests
+check: install ## what CI runs: format, lint, types, shell, workflows, Dockerfile, tests
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	$(BIN)/mypy $(SOURCES)
-	$(BIN)/shellcheck entrypoint.sh .ci/run
+	$(BIN)/mypy $(SOURCES) .github/release_notes.py
+	$(BIN)/shellcheck entrypoint.sh .ci/run deploy/hf-jobs.sh
+	$(BIN)/zizmor --offline --no-progress -q .github
 	$(BIN)/hadolint Dockerfile
 	$(MAKE) test
 

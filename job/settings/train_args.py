@@ -25,6 +25,11 @@ _OURS = (
     "enable_jit_checkpoint",
     "ignore_data_skip",
 )
+_INSTEAD = {
+    "fsdp": "PARALLEL=fsdp asks for it",
+    "fsdp_config": "PARALLEL=fsdp sets it",
+    "deepspeed": "its sharded checkpoints cannot be continued by another number of GPUs; PARALLEL=fsdp shares the weights instead",
+}
 
 
 def check_train_args(names: Iterable[str], our_settings: Iterable[str]) -> list[str]:
@@ -34,6 +39,8 @@ def check_train_args(names: Iterable[str], our_settings: Iterable[str]) -> list[
     for name in names:
         if name in ours:
             complaints.append(f"{name} has a setting of its own: {name.upper()}")
+        elif name in _INSTEAD:
+            complaints.append(f"{name} is not taken: {_INSTEAD[name]}")
         elif name in _OURS or name.startswith("save_"):
             complaints.append(f"{name} is decided by the job")
         elif name not in fields:
