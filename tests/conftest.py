@@ -88,6 +88,14 @@ def footprints(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
     return _footprints
 
 
+def share_footprints(job: "Job", footprints: Path) -> None:
+    """Have a run of a class that pytest imports a second time, as test modules do, find what others have traced."""
+    link = Path(job.settings["WORK_DIR"]) / "footprints"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        link.symlink_to(footprints)
+
+
 class Job:
     """Starts `python -m job` in a clean environment, with everything it writes below one folder."""
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from conftest import Job, small_run
+from conftest import Job, share_footprints, small_run
 
 from job.errors import MachineError
 from job.keep.checkpoints import list_steps
@@ -22,9 +22,11 @@ from job.plan.retreat import Fit, Rollback
 class Machines:
     """Two machines of one run."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str], footprints: Path) -> None:
         self.store = folder / "runs"
         self._jobs = [Job(folder / f"machine-{rank}", {**settings, "OUTPUT_URI": str(self.store)}) for rank in range(2)]
+        for job in self._jobs:
+            share_footprints(job, footprints)
 
     def start(self, *ranks: int, **settings: str) -> list[subprocess.Popen[str]]:
         with socket.socket() as found:
@@ -44,14 +46,14 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
 
 @pytest.mark.slow
 def test_two_machines_stop_together_continue_together_and_deliver_once(
-    tmp_path: Path, tiny_model: Path, conversations: Path
+    tmp_path: Path, tiny_model: Path, conversations: Path, footprints: Path
 ) -> None:
     long = small_run(tiny_model, conversations) | {
         "MAX_STEPS": "60",
         "NUM_TRAIN_EPOCHS": "20",
         "PER_DEVICE_TRAIN_BATCH_SIZE": "1",
     }
-    machines = Machines(tmp_path, long)
+    machines = Machines(tmp_path, long, footprints)
     stale = Order(
         id=new_id(), resume_step=None, num_steps=3, fit=Fit(micro_batch=1, gradient_accumulation_steps=1), rollback=Rollback()
     )
@@ -74,8 +76,10 @@ def test_two_machines_stop_together_continue_together_and_deliver_once(
 
 
 @pytest.mark.slow
-def test_a_machine_hears_why_the_first_one_does_not_begin(tmp_path: Path, tiny_model: Path, conversations: Path) -> None:
-    machines = Machines(tmp_path, small_run(tiny_model, conversations) | {"MIN_SAMPLES": "1000"})
+def test_a_machine_hears_why_the_first_one_does_not_begin(
+    tmp_path: Path, tiny_model: Path, conversations: Path, footprints: Path
+) -> None:
+    machines = Machines(tmp_path, small_run(tiny_model, conversations) | {"MIN_SAMPLES": "1000"}, footprints)
     (first, told), (second, said) = ends(machines.start(0, 1))
     assert (first, second) == (3, 3), told + said
     assert "the first machine says" in said and "MIN_SAMPLES" in said

@@ -3,6 +3,7 @@
 Two processes on a CPU over gloo stand for two GPUs over NCCL.
 """
 
+import json
 import random
 import signal
 import socket
@@ -11,12 +12,16 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
+from conftest import Job, share_footprints
 from hypothesis import given
 from hypothesis import strategies as st
 from trainer_child import Attempt, Training, losses_of, write_data
 
 from job.events import Ended, Evaluated, Failed, Loaded, Stepped, Stopped
+from job.keep.checkpoints import list_steps
+from job.keep.store import open_store
 from job.train.ranks import Shares
 
 EVALUATED = {"eval_steps": 3}
@@ -212,3 +217,23 @@ def test_losses_and_tokens_grow_as_they_are_told(together: tuple[Training, Pair]
     events = [event for event in together[1].first.events if isinstance(event, Stepped | Evaluated)]
     steps = [event.step for event in events]
     assert all(before <= after for before, after in pairwise(steps)) and steps[-1] == 14
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_retreats_stops_and_is_finished_by_one(job: Job, footprints: Path) -> None:
+    two = {"NPROC_PER_NODE": "2", "MAX_STEPS": "10", "JOB_FAULT": "oom@3,term@7", "LORA_DROPOUT": "0"}
+    status, output = job.run("run", **two)
+    assert status == 75, output
+    assert "out of memory: continuing with micro-batch 1 x 2 on each of 2 devices" in output
+    assert output.count("model loaded on cpu") == 2, "one of the two processes tells it, at each of two starts"
+    assert max(list_steps(open_store(str(job.kept)))) == 6
+    assert not [process for process in psutil.process_iter(["cmdline"]) if str(job.folder) in str(process.info["cmdline"])]
+    status, output = job.run("run", **two | {"NPROC_PER_NODE": "1", "JOB_FAULT": ""})
+    assert status == 0, output
+    rows = [json.loads(line) for line in (job.kept / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    undisturbed = Job(job.folder.parent / "undisturbed", job.settings | {"OUTPUT_URI": str(job.folder.parent / "others")})
+    share_footprints(undisturbed, footprints)
+    assert undisturbed.run("run", **two | {"JOB_FAULT": ""})[0] == 0
+    others = (job.folder.parent / "others/r/metrics.jsonl").read_text("utf-8").splitlines()
+    assert [row["loss"] for row in rows] == pytest.approx([json.loads(line)["loss"] for line in others], rel=1e-4)

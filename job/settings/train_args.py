@@ -28,7 +28,7 @@ _OURS = (
 _INSTEAD = {
     "fsdp": "PARALLEL=fsdp asks for it",
     "fsdp_config": "PARALLEL=fsdp sets it",
-    "deepspeed": "its sharded checkpoints cannot be continued by another number of GPUs; PARALLEL=fsdp shares the weights instead",
+    "deepspeed": "another number of GPUs could not continue its checkpoints; PARALLEL=fsdp shares the weights too",
 }
 
 
