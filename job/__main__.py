@@ -9,10 +9,12 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from job.errors import DISK_ERRORS, BudgetError, JobError, MachineError, PreemptedError, SettingsError
 from job.leaving import Leaving
 from job.redaction import Redactor, guessed_secrets, local_folders, redacted_streams
+from job.renting import wishes
 from job.settings import (
     RECIPES_DIR,
     Secrets,
@@ -29,6 +31,7 @@ from job.settings.describe import describe_settings, env_example, settings_markd
 COMMANDS = {
     "run": "do the whole job, or what is left of it (the default)",
     "plan": "say whether it fits, how long it takes and what it costs, on every GPU (--gpu NAME, --num-gpus N, --json)",
+    "submit": "rent the cheapest GPU pod at RunPod that fits, run there and follow it (docs/pods.md has its flags)",
     "check": "ask the store and the Hub whether the job could run; trains nothing",
     "prepare": "make the training data and stop",
     "evaluate": "measure the kept checkpoints once more, for other prompts or another choice; trains nothing",
@@ -39,11 +42,11 @@ COMMANDS = {
 }
 PUBLISH_THREAD = "publish"
 """Of an upload to the Hub that is under way (deliver/hub/upload.py)."""
-OWN_FLAGS = {"plan": ("gpu", "num_gpus", "json"), "history": ("html", "json")}
+OWN_FLAGS = {"plan": ("gpu", "num_gpus", "json"), "history": ("html", "json"), "submit": wishes.FLAGS}
 """Flags of a command itself; all others are settings."""
 COMMAND_ARGUMENTS = {"history": "OUTPUT_URI"}
 """Setting that a bare word after the command is."""
-SWITCHES = ("JSON",)
+SWITCHES = ("JSON", *wishes.SWITCHES)
 """Flags that take no value, so that what follows them is a word of its own."""
 
 
@@ -62,6 +65,8 @@ def main(arguments: Sequence[str]) -> int:
         status = 1
     # A misspelt command was to be a run; any other command is somebody's, who is there.
     if not arguments or arguments[0] == "run" or arguments[0] not in COMMANDS:
+        if "RUNPOD_POD_ID" in os.environ:  # whose log is all that tells how a container ended
+            print(f"the job ends with exit status {status}", file=sys.stderr, flush=True)
         leaving.leave(status)
     return status
 
@@ -130,16 +135,20 @@ def _job(command: str, flags: dict[str, str], own: dict[str, str], leaving: Leav
     try:
         with Display(usd_per_hour=settings.budget.gpu_hourly_rate, redact=redact) as display:
             display.say(f"run {run_id} in {store.uri}")
-            run = Run(
-                settings,
-                run_id=run_id,
-                store=within(store, run_id),
-                shared=store,
-                work=_work_folder(settings.keep.work_dir, store.uri, run_id),
-                environ=os.environ,
-                display=display,
-                stop=stop,
-            )
+            about: dict[str, Any] = {
+                "run_id": run_id,
+                "store": within(store, run_id),
+                "shared": store,
+                "work": _work_folder(settings.keep.work_dir, store.uri, run_id),
+                "environ": os.environ,
+                "display": display,
+                "stop": stop,
+            }
+            if command == "submit":
+                from job.renting.command import Submission
+
+                return Submission(settings=settings, flags=flags, own=own, **about).run()
+            run = Run(settings, **about)
             if command == "plan":
                 return run.plan(own)
             if command == "run":

@@ -29,6 +29,7 @@ STEPS = (
     ("ending",),
     ("evaluating",),
     ("run",),
+    ("renting",),
     ("leaving",),
     ("__main__",),
 )

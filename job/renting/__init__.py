@@ -1,0 +1,1 @@
+"""`python -m job submit`: a run's settings in, a RunPod pod that does the run out, followed to its end."""
