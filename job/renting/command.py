@@ -57,8 +57,7 @@ class Submission:
         """Submit the run, and follow it if that is wanted."""
         wishes = read_wishes(self.own, self.environ)
         belongings = pack(self.settings, wishes, self.environ, self.flags, run_id=self.run_id)
-        base = self.environ.get("RUNPOD_REST_URL") or RUNPOD_API
-        runpod = RunPod(base, self._api_key())
+        runpod = RunPod(self.environ.get("RUNPOD_REST_URL") or RUNPOD_API, self._api_key())
         teller = Teller(self.display.say, self.display.redact, as_json=wishes.as_json)
         self.work.mkdir(parents=True, exist_ok=True)
         with self.stop.at_once():
@@ -71,11 +70,11 @@ class Submission:
             self.display.say("nothing is rented")
             return InterruptedRunError.exit_status
         if self.stop.count:  # while the pod was made
-            raise left_running(pod["id"], base)
+            raise left_running(pod["id"])
         if not wishes.follows:
-            self.display.say(f"pod {pod['id']} is on its own now\n{way_back(pod['id'], base)}")
+            self.display.say(f"pod {pod['id']} is on its own now\n{way_back(pod['id'])}")
             return 0
-        return self._follow(runpod, pod, store, teller, base)
+        return self._follow(runpod, pod, store, teller)
 
     def _api_key(self) -> str:
         key = self.settings.secrets.runpod_api_key
@@ -238,7 +237,7 @@ class Submission:
         finally:
             self.display.__enter__()
 
-    def _follow(self, runpod: RunPod, pod: dict[str, Any], store: Store | None, teller: Teller, base: str) -> int:
+    def _follow(self, runpod: RunPod, pod: dict[str, Any], store: Store | None, teller: Teller) -> int:
         following = Following(runpod, pod["id"], display=self.display, on_line=teller.log)
         on_finish = str(pod["env"].get("ON_FINISH", "exit"))
         try:
@@ -250,7 +249,7 @@ class Submission:
                     end = following.wait_until_gone()
         except InterruptedRunError as error:
             if self.stop.count:
-                raise left_running(pod["id"], base) from error
+                raise left_running(pod["id"]) from error
             raise
         self._tell_end(pod, end, outcome.status, outcome.source, outcome.doubt, on_finish, teller)
         return outcome.status

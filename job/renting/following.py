@@ -85,7 +85,6 @@ class Following:
                 return self._end(pod)
             if pod["status"] != self._status:
                 self._status = pod["status"]
-                self._display.say(f"pod {self._pod_id} is {self._status}")
                 self._display.stage(f"pod {self._pod_id} is {self._status}")
             had_told = self.told is not None
             self._read(SETTLE_SECONDS if had_told else QUIET_SECONDS)

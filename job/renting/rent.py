@@ -117,8 +117,9 @@ class Renting:
                 made = [pod for pod in self.mine() if pod["id"] not in known]
             except CallError as error:
                 raise NetworkError(
-                    f"RunPod {failure} when asked for a pod, and {error} when asked which there are: "
-                    f"POD {pod_name(self._run_id)} MAY EXIST AND BILL; submit again, which looks for it first, or look at {CONSOLE}/pods"
+                    f"RunPod {failure} when asked for a pod, and {error} when asked which there are: POD "
+                    f"{pod_name(self._run_id)} MAY EXIST AND BILL; submit again, which looks for it first, or look at "
+                    f"{CONSOLE}/pods"
                 ) from error
             if len(made) > 1:
                 names = ", ".join(pod["id"] for pod in made)

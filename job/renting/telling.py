@@ -46,21 +46,19 @@ def confirm(question: str, *, says_yes: bool) -> bool:
     return sys.stdin.readline().strip().casefold() in ("y", "yes")
 
 
-def way_back(pod_id: str, base: str) -> str:
-    """How to come back to a pod, and how to end it."""
-    address = f"{base.rstrip('/')}/pods/{pod_id}"
-    sign = '-H "Authorization: Bearer $RUNPOD_API_KEY"'
+def way_back(pod_id: str) -> str:
+    """How to come back to a pod, and how to end it; these words of runpodctl are those that all its versions know."""
     return (
-        "come back: `python -m job submit` with the same settings\n"
-        f"stop it: curl -X POST {sign} -H 'Content-Type: application/json' -d '{{\"action\": \"stop\"}}' {address}/action\n"
-        f"delete it, with its own disk: curl -X DELETE {sign} {address}\n"
+        "come back: python -m job submit, with the same settings\n"
+        f"stop it: runpodctl stop pod {pod_id}\n"
+        f"delete it, with its own disk: runpodctl remove pod {pod_id}\n"
         f"or in the console: {CONSOLE}/pods"
     )
 
 
-def left_running(pod_id: str, base: str) -> PreemptedError:
+def left_running(pod_id: str) -> PreemptedError:
     """What who leaves is told."""
-    return PreemptedError(f"no longer followed; POD {pod_id} RUNS ON, and bills\n{way_back(pod_id, base)}")
+    return PreemptedError(f"no longer followed; POD {pod_id} RUNS ON, and bills\n{way_back(pod_id)}")
 
 
 def pod_line(pod_id: str, end: End, *, on_finish: str, is_failed: bool, grace_minutes: str) -> str:

@@ -135,6 +135,6 @@ def _references(text: str, problems: list[Problem | str]) -> dict[str, str]:
             found[name] = secret
             continue
         rule = "must be VARIABLE=secret, several with commas between"
-        way_out = "name the secret as RunPod's console does: --secrets HF_TOKEN=hf_token"
+        way_out = "name the secret as RunPod's console does"
         problems.append(Problem(setting="--secrets", value=name or "***", rule=rule, way_out=way_out))
     return found
