@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,13 +229,15 @@ def test_each_refusal_of_runpod_is_one_clear_message(
     assert found == status and said in output and "Traceback" not in output and not runpod.pods, output
 
 
-def on_a_pod(job: Job, runpod: RunPodServer, processes: list[subprocess.Popen[str]]) -> Callable[[str, Pod], None]:
+def on_a_pod(
+    job: Job, runpod: RunPodServer, python_path: str, processes: list[subprocess.Popen[str]]
+) -> Callable[[str, Pod], None]:
     """What a made pod does when it runs the real job, with nothing but what it was sent and what a pod has."""
 
     def begin(pod_id: str, pod: Pod) -> None:
         folder = job.folder / pod_id
         folder.mkdir()
-        own = {name: job.environ()[name] for name in ("PATH", "HOME", "PYTHONPATH", "OMP_NUM_THREADS")}
+        own = {name: job.environ()[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS")} | {"PYTHONPATH": python_path}
         local = {"WORK_DIR": str(job.folder / "work"), "RUNPOD_API_KEY": runpod.api_key, "HF_HUB_OFFLINE": "1"}
         secrets = {
             "{{ RUNPOD_SECRET_key }}": KEYS["aws_access_key_id"],
@@ -256,35 +258,68 @@ def on_a_pod(job: Job, runpod: RunPodServer, processes: list[subprocess.Popen[st
     return begin
 
 
-def s3_settings(s3: S3Server) -> Mapping[str, str]:
-    return {"OUTPUT_URI": f"s3://{BUCKET}/q", "AWS_ENDPOINT_URL_S3": s3.proxy.url, "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-def test_a_real_run_on_a_pod_trains_into_the_bucket_deletes_its_pod_and_is_not_rented_twice(
-    job: Job, runpod: RunPodServer, server: S3Server, tally: tuple[str, str]
-) -> None:
-    keys = {"AWS_ACCESS_KEY_ID": KEYS["aws_access_key_id"], "AWS_SECRET_ACCESS_KEY": KEYS["aws_secret_access_key"]}
-    settings = {**s3_settings(server), **keys}
-    server.client.put_object(Bucket=BUCKET, Key=f"q/r/{tally[0]}", Body=tally[1].encode())
-    processes: list[subprocess.Popen[str]] = []
-    runpod.on_create = on_a_pod(job, runpod, processes)
-    flags = ("submit", "--yes", "--secrets", "AWS_ACCESS_KEY_ID=key,AWS_SECRET_ACCESS_KEY=word")
-    status, output = job.run(*flags, **settings)
-    for process in processes:
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    """Of pods; they go with the test."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
         process.kill()
         process.wait(30)
-    assert status == 0 and not runpod.pods, output
-    for part in (
-        "held-out" if False else "report ",
-        f"{SAID} 0",
-        "(by the job's last words",
-        "pod pod0001 is deleted; nothing bills",
-    ):
-        assert part in output, (part, output)
+
+
+def bucket_settings(s3: S3Server) -> dict[str, str]:
+    keys = {"AWS_ACCESS_KEY_ID": KEYS["aws_access_key_id"], "AWS_SECRET_ACCESS_KEY": KEYS["aws_secret_access_key"]}
+    where = {"OUTPUT_URI": f"s3://{BUCKET}/q", "AWS_ENDPOINT_URL_S3": s3.proxy.url, "AWS_DEFAULT_REGION": "us-east-1"}
+    return {**keys, **where}
+
+
+TO_BUCKET = ("submit", "--yes", "--secrets", "AWS_ACCESS_KEY_ID=key,AWS_SECRET_ACCESS_KEY={{ RUNPOD_SECRET_word }}")
+
+
+def test_a_real_run_on_a_pod_that_is_refused_there_tells_its_status_and_stops_its_pod(
+    job: Job, runpod: RunPodServer, server: S3Server, tally: tuple[str, str], processes: list[subprocess.Popen[str]]
+) -> None:
+    server.client.put_object(Bucket=BUCKET, Key=f"q/r/{tally[0]}", Body=tally[1].encode())
+    runpod.on_create = on_a_pod(job, runpod, str(ROOT), processes)  # this image lacks the package with the model
+    status, output = job.run(*TO_BUCKET, FAIL_GRACE_MINUTES="0", **bucket_settings(server))
     (body,) = bodies(runpod)
+    assert status == 2 and "no package 'lent' is installed" in output and f"{SAID} 2" in output, output
     assert body["env"]["AWS_SECRET_ACCESS_KEY"] == "{{ RUNPOD_SECRET_word }}" and "mounts" not in body
+    deadline = time.monotonic() + 60
+    while runpod.pods["pod0001"].status != "EXITED":  # with the settings that were sent, the job has stopped it
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    # What is done already is not rented for.
+    server.client.put_object(Bucket=BUCKET, Key="q/r/DONE", Body=b"{}")
+    status, output = job.run(*TO_BUCKET, **bucket_settings(server))
+    assert status == 0 and "already done" in output and len(bodies(runpod)) == 1, output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("FULL_POD_TEST"), reason="trains for a minute what other tests train too: FULL_POD_TEST=1")
+def test_a_real_run_on_a_pod_trains_into_the_bucket_and_deletes_its_pod(
+    job: Job,
+    runpod: RunPodServer,
+    server: S3Server,
+    tally: tuple[str, str],
+    packages: Path,
+    processes: list[subprocess.Popen[str]],
+) -> None:
+    server.client.put_object(Bucket=BUCKET, Key=f"q/r/{tally[0]}", Body=tally[1].encode())
+    runpod.on_create = on_a_pod(job, runpod, f"{ROOT}{os.pathsep}{packages}", processes)
+    status, output = job.run(*TO_BUCKET, **bucket_settings(server))
+    assert status == 0 and not runpod.pods, output
+    for part in ("report ", f"{SAID} 0", "(by the job's last words", "pod pod0001 is deleted; nothing bills"):
+        assert part in output, (part, output)
     assert {"q/r/DONE", "q/r/report.json"} <= set(server.names("q/"))
     report = json.loads(server.client.get_object(Bucket=BUCKET, Key="q/r/report.json")["Body"].read())
     assert 0.27 < report["attempts"][0]["price_usd_per_hour"] < 0.29
-    status, output = job.run(*flags, **settings)
-    assert status == 0 and "already done" in output and len(bodies(runpod)) == 1, output
+
+
+def test_the_script_in_the_folder_runpod_does_the_same(job: Job, runpod: RunPodServer) -> None:
+    command = [sys.executable, str(ROOT / "runpod/submit.py"), "--cloud", "nowhere", "--gpu", "RTX 409"]
+    done = subprocess.run(command, env=job.environ(SUBMIT_IMAGE=""), cwd=job.folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and not runpod.log
+    for part in ("--cloud=nowhere", "did you mean RTX 4090?", "--image: is required"):
+        assert part in done.stderr, done.stderr

@@ -129,8 +129,9 @@ class Following:
                 if shown_already[line.id, line.text] > 0:  # the stream begins again with the last moment that it has told
                     shown_already[line.id, line.text] -= 1
                     continue
+                had_told = self.told is not None
                 self._take(line)
-                if self._clock() > ends:
+                if self._clock() > ends or (self.told is not None and not had_told):
                     return
         except CallError as error:
             if error.status in (401, 403) and not self._is_refused:
