@@ -253,7 +253,12 @@ def on_a_pod(
             text=True,
         )
         processes.append(process)
-        threading.Thread(target=lambda: [pod.write(line) for line in process.stdout or ()], daemon=True).start()
+
+        def log() -> None:
+            for line in process.stdout or ():
+                pod.write(line)
+
+        threading.Thread(target=log, daemon=True).start()
 
     return begin
 

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ def test_the_last_words_of_an_earlier_start_of_the_container_are_not_believed(wo
     world.server.add_pod("p")
     pod = world.server.pods["p"]
     pod.write("run r in s3://b/r\nthe job ends with exit status 2\nrun r in s3://b/r\nstep 1")
-    threading.Timer(0.5, lambda: pod.write("the job ends with exit status 0")).start()
+    threading.Timer(4.5, lambda: pod.write("the job ends with exit status 0")).start()  # later than SETTLE_SECONDS
     end, _ = follow(world, "p")
     assert (end.told, end.pod) == (0, "running") and end.usd_per_hour == 0.44
 
@@ -237,10 +237,10 @@ def test_why_nothing_can_be_rented_is_told(
 
 
 def packed(
-    folder: Path, *, env_file: str = "", flags: dict[str, str] | None = None, own: dict[str, str], **environ: str
+    folder: Path, *, env_file: str = "", flags: Mapping[str, str] | None = None, own: Mapping[str, str], given: Mapping[str, str]
 ) -> Belongings:
     (folder / ".env").write_text(env_file, "utf-8")
-    given = {**SETTINGS, **environ}
+    given = {**SETTINGS, **given}
     settings = read_settings(given, flags or {}, folder=folder).settings
     wishes = read_wishes({"image": "i", **own}, given)
     return pack(settings, wishes, given, flags or {}, run_id="r", folder=folder)
@@ -252,10 +252,7 @@ def test_what_was_given_goes_along_from_every_place_and_what_is_of_this_machine_
         env_file="LORA_R=8\nMAX_STEPS=5\nHF_HUB_OFFLINE=1\nHF_HOME=/here\nWANDB_PROJECT=p\nCUDA_VISIBLE_DEVICES=0\nWORK_DIR=/here\n",
         flags={"MAX_STEPS": "7"},
         own={"network_volume": "v"},
-        AWS_DEFAULT_REGION="eu",
-        HOME="/root",
-        LEARNING_RATE="1e-4",
-        ON_FINISH="stop",
+        given={"AWS_DEFAULT_REGION": "eu", "HOME": "/root", "LEARNING_RATE": "1e-4", "ON_FINISH": "stop"},
     )
     assert found.env == {
         **SETTINGS, "LORA_R": "8", "MAX_STEPS": "7", "LEARNING_RATE": "1e-4", "WANDB_PROJECT": "p", "AWS_DEFAULT_REGION": "eu",
@@ -268,15 +265,17 @@ def test_a_secret_goes_by_name_or_as_plain_text_with_a_warning_or_not_at_all(tmp
     token, word = "hf_planted1234567890", "wandb-planted-word"
     own = {"network_volume": "v"}
     with pytest.raises(SettingsError) as refused:
-        packed(tmp_path, own=own, HF_TOKEN=token, WANDB_API_KEY=word, env_file="MLFLOW_TRACKING_PASSWORD=planted-too\n")
+        packed(
+            tmp_path, own=own, given={"HF_TOKEN": token, "WANDB_API_KEY": word}, env_file="MLFLOW_TRACKING_PASSWORD=planted-too\n"
+        )
     told = str(refused.value)
     assert all(name in told for name in ("HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD")) and "planted" not in told
     (tmp_path / "token").write_text(token, "utf-8")
-    by_name = packed(tmp_path, own={**own, "secrets": "HF_TOKEN=hf"}, HF_TOKEN_FILE=str(tmp_path / "token"))
+    by_name = packed(tmp_path, own={**own, "secrets": "HF_TOKEN=hf"}, given={"HF_TOKEN_FILE": str(tmp_path / "token")})
     assert by_name.env["HF_TOKEN"] == "{{ RUNPOD_SECRET_hf }}" and "HF_TOKEN_FILE" not in by_name.env and not by_name.warnings
-    itself = packed(tmp_path, own=own, HF_TOKEN="{{ RUNPOD_SECRET_hf }}", RUNPOD_API_KEY="rpa_planted")
+    itself = packed(tmp_path, own=own, given={"HF_TOKEN": "{{ RUNPOD_SECRET_hf }}", "RUNPOD_API_KEY": "rpa_planted"})
     assert itself.env["HF_TOKEN"] == "{{ RUNPOD_SECRET_hf }}" and "RUNPOD_API_KEY" not in itself.env
-    plain = packed(tmp_path, own={**own, "plain_secrets": "1"}, HF_TOKEN=token)
+    plain = packed(tmp_path, own={**own, "plain_secrets": "1"}, given={"HF_TOKEN": token})
     assert plain.env["HF_TOKEN"] == token and "HF_TOKEN: sent as plain text" in plain.warnings[0]
 
 
@@ -296,13 +295,13 @@ def test_a_secret_goes_by_name_or_as_plain_text_with_a_warning_or_not_at_all(tmp
 )
 def test_what_cannot_be_is_refused(own: dict[str, str], environ: dict[str, str], said: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=said):
-        packed(tmp_path, own=own, **environ)
+        packed(tmp_path, own=own, given=environ)
 
 
 def test_more_variables_than_a_pod_takes_are_refused(tmp_path: Path) -> None:
     many = "".join(f"WANDB_NOTE_{number}=x\n" for number in range(50))
     with pytest.raises(SettingsError, match="a pod takes 50"):
-        packed(tmp_path, own={"network_volume": "v"}, env_file=many)
+        packed(tmp_path, own={"network_volume": "v"}, env_file=many, given={})
 
 
 def test_the_body_that_is_sent_has_the_disks_that_were_asked_for() -> None:
