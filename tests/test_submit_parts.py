@@ -180,7 +180,13 @@ def offers(**hours: float) -> list[Offer]:
     """Forecasts: the hours on each GPU by RunPod's words for it; where they are 0 it does not fit."""
     named = {gpu.name: hours.get(gpu.name.replace(" ", "_"), 1.0) for gpu in known_gpus()}
     fixed = {"num_gpus": 1, "memory_bytes": 0, "headroom_bytes": 0, "peak_bytes": 10**9, "safe_peak_bytes": 20 * 2**30}
-    rest = {"micro_batch": 1, "gradient_accumulation_steps": 1, "activation_checkpointing": False, "usd_per_hour": None}
+    rest = {
+        "micro_batch": 1,
+        "gradient_accumulation_steps": 1,
+        "activation_checkpointing": False,
+        "usd_per_hour": None,
+        "parallel": "ddp",
+    }
     return [
         Offer(name=name, fits=one > 0, hours_low=one, hours_high=3 * one, cost_usd_low=None, cost_usd_high=None,
               price_source="unknown", hint="a smaller model", **fixed, **rest)

@@ -55,7 +55,8 @@ class Submission:
 
     def run(self) -> int:
         """Submit the run, and follow it if that is wanted."""
-        wishes = read_wishes(self.own, self.environ)
+        asked = self.settings.train.nproc_per_node
+        wishes = read_wishes(({} if asked == "auto" else {"num_gpus": str(asked)}) | dict(self.own), self.environ)
         belongings = pack(self.settings, wishes, self.environ, self.flags, run_id=self.run_id)
         runpod = RunPod(self.environ.get("RUNPOD_REST_URL") or RUNPOD_API, self._api_key())
         teller = Teller(self.display.say, self.display.redact, as_json=wishes.as_json)
