@@ -8,7 +8,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from job.data.reasons import Reason
@@ -34,7 +34,7 @@ class Chunk:
     num_rows: int
     form: str
     """How to parse the payload: `json` and `text` hold a document for each row, `arrow` is an IPC stream."""
-    payload: bytes
+    payload: bytes = field(repr=False)  # other programs log what they fail with
 
     @property
     def digest(self) -> bytes:

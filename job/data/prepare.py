@@ -14,7 +14,8 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from job.data.sources import Source, open_source
 from job.data.split import held_out, not_sampled, quotas, training_order
 from job.data.tally import DROPPED, TALLY, SourceTally, Stretch, Tally
 from job.data.tokens import Tokenizer, Tokens, show_learned
-from job.data.workers import Task, Workers
+from job.data.workers import ShardMaker, Task, Workers
 from job.data.write import write_set
-from job.errors import DataError
+from job.errors import DataError, Problem, SettingsError
 from job.settings import DatasetSpec, DataSettings, distinct_labels
 
 ReportProgress = Callable[[str, int], None]
@@ -60,8 +61,9 @@ def prepare(
 
     Raises:
         DataError: a source is unreadable, or fewer than MIN_SAMPLES examples survive.
-        NetworkError: a source could not be reached.
-        MachineError: a worker process was killed.
+        NetworkError: a source could not be reached, or PREPARE_ON's cluster.
+        MachineError: a worker process was killed, or is not one of ours.
+        SettingsError: PREPARE_ON cannot be used here.
     """
     for left_over in ("train", "eval"):
         shutil.rmtree(folder / left_over, ignore_errors=True)
@@ -71,12 +73,11 @@ def prepare(
     with_signatures = settings.dedup == "near" or bool(settings.eval_datasets) or settings.eval_fraction > 0
     sharder = Sharder(settings, tokenizer, with_signatures=with_signatures)
     progress = _Progress(report_progress)
-    num_processes = os.cpu_count() or 1 if settings.dataset_num_proc == "auto" else settings.dataset_num_proc
     with ExitStack() as stack:
         dropped_file = None
         if settings.keep_dropped:
             dropped_file = stack.enter_context((folder / DROPPED).open("w", encoding="utf-8"))
-        workers = stack.enter_context(Workers(sharder, num_processes, progress.tell))
+        workers = stack.enter_context(_start_workers(settings, sharder, tokenizer, progress.tell, report_progress))
         specs = [*((spec, True) for spec in settings.eval_datasets), *((spec, False) for spec in settings.datasets)]
         inputs = []
         labels = distinct_labels(spec for spec, _ in specs)
@@ -92,8 +93,24 @@ def prepare(
     return tally
 
 
+def _start_workers(
+    settings: DataSettings, sharder: Sharder, tokenizer: Tokenizer, on_tick: Callable[[], None], report: ReportProgress
+) -> AbstractContextManager[ShardMaker]:
+    """On this machine's cores, or on a cluster."""
+    if settings.prepare_on is None:
+        num_processes = os.cpu_count() or 1 if settings.dataset_num_proc == "auto" else settings.dataset_num_proc
+        return Workers(sharder, num_processes, on_tick)
+    if find_spec("distributed") is None:
+        rule = "the package distributed is not installed"
+        way_out = "`pip install -c requirements-cluster.txt distributed`, or leave it out to prepare on this machine"
+        raise SettingsError([Problem(setting="PREPARE_ON", value=settings.prepare_on, rule=rule, way_out=way_out)])
+    from job.data.cluster import ClusterWorkers
+
+    return ClusterWorkers(settings, sharder, tokenizer, on_tick, lambda text: report(text, 0))
+
+
 def _merge(
-    inputs: list[_Input], settings: DataSettings, workers: Workers, merger: Merger, shards: Path, progress: "_Progress"
+    inputs: list[_Input], settings: DataSettings, workers: ShardMaker, merger: Merger, shards: Path, progress: "_Progress"
 ) -> None:
     trained = [one for one in inputs if not one.is_held_out]
     interleaved = settings.mix == "interleave"

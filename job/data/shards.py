@@ -35,7 +35,7 @@ VERSION = 2  # rensa 0.5.0
 """Raise it when the same chunk would give another shard."""
 _MERGING = {
     *("datasets", "eval_datasets", "dedup", "mix", "max_samples", "max_tokens", "min_samples", "max_unlearned"),
-    *("eval_fraction", "order", "keep_dropped", "dataset_num_proc"),
+    *("eval_fraction", "order", "keep_dropped", "dataset_num_proc", "prepare_on"),
 }
 """Settings that say nothing about a row alone."""
 SCHEMA = pyarrow.schema(
@@ -78,7 +78,7 @@ class Sharder:
 
     def __init__(self, settings: DataSettings, tokenizer: Tokenizer, *, with_signatures: bool) -> None:
         self._settings = settings
-        self._with_signatures = with_signatures
+        self.with_signatures = with_signatures
         self._filters = build_filters(settings)
         self._repairs = build_repairs(settings)
         self._languages = Languages(settings)
@@ -97,10 +97,23 @@ class Sharder:
         Raises:
             DataError: the chat template cannot be used at all.
         """
-        metadata = {"digest": self._digest(chunk, source)}
-        if not (path.is_file() and _metadata(path) == metadata):
-            self._write(self._read(chunk, source), metadata, path)
+        digest = self.digest(chunk, source)
+        if not is_made(path, digest):
+            write_shard(path, self.table(chunk, source, digest))
         return path
+
+    def digest(self, chunk: Chunk, source: SourceRows) -> str:
+        """What tells that a shard is the one that `make` would write."""
+        layout = str(source.layout)  # found in the first rows: they may have changed where this chunk did not
+        extras = [self._settings.keep_dropped, self.with_signatures]
+        wanted = [VERSION, self._rules, source.source, layout, *extras, chunk.first_row]
+        return blake2b(repr(wanted).encode() + chunk.digest, digest_size=16).hexdigest()
+
+    def table(self, chunk: Chunk, source: SourceRows, digest: str) -> pyarrow.Table:
+        """The shard of a chunk in memory, with its digest. Raises DataError, as `make`."""
+        columns = self._read(chunk, source)
+        arrays = [_column([row.get(name) for row in columns], SCHEMA.field(name).type) for name in SCHEMA.names]
+        return pyarrow.Table.from_arrays(arrays, schema=SCHEMA.with_metadata({"digest": digest}))
 
     def _read(self, chunk: Chunk, source: SourceRows) -> list[dict[str, Any]]:
         judged = [self._judge(row, source, index) for index, row in enumerate(read_chunk(chunk), chunk.first_row)]
@@ -120,7 +133,7 @@ class Sharder:
                 columns.append({**values, "reason": reason, "text": text})
                 continue
             values["key"] = int.from_bytes(content_key(one.example)[:8], "little")
-            values["signature"] = signature(one.example) if self._with_signatures else None
+            values["signature"] = signature(one.example) if self.with_signatures else None
             for piece in outcome:
                 num_learned = len(piece.labels) - piece.labels.count(IGNORED)
                 columns.append({**values, "input_ids": piece.input_ids, "labels": piece.labels, "num_learned": num_learned})
@@ -146,20 +159,6 @@ class Sharder:
             language, reason = self._languages.judge(example)
         return _Judged(row=row, example=example, language=language, reason=reason)
 
-    def _digest(self, chunk: Chunk, source: SourceRows) -> str:
-        layout = str(source.layout)  # found in the first rows: they may have changed where this chunk did not
-        extras = [self._settings.keep_dropped, self._with_signatures]
-        wanted = [VERSION, self._rules, source.source, layout, *extras, chunk.first_row]
-        return blake2b(repr(wanted).encode() + chunk.digest, digest_size=16).hexdigest()
-
-    def _write(self, columns: list[dict[str, Any]], metadata: dict[str, str], path: Path) -> None:
-        arrays = [_column([row.get(name) for row in columns], SCHEMA.field(name).type) for name in SCHEMA.names]
-        table = pyarrow.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
-        partial = path.with_suffix(".partial")
-        with pyarrow.ipc.new_file(partial, table.schema) as writer:
-            writer.write_table(table)
-        partial.replace(path)
-
 
 def _column(values: list[Any], kind: pyarrow.DataType) -> pyarrow.Array:
     if not pyarrow.types.is_list(kind):
@@ -178,6 +177,19 @@ def _rules(settings: DataSettings, tokenizer: Tokenizer) -> str:
     file = [(found := detector.stat()).st_size, found.st_mtime_ns] if detector.is_file() else None
     words = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
     return blake2b(json.dumps([judging, file, words], default=str).encode(), digest_size=16).hexdigest()
+
+
+def write_shard(path: Path, table: pyarrow.Table) -> None:
+    """Write a shard, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with pyarrow.ipc.new_file(partial, table.schema) as writer:
+        writer.write_table(table)
+    partial.replace(path)
+
+
+def is_made(path: Path, digest: str) -> bool:
+    """Whether the shard with this digest lies there already."""
+    return path.is_file() and _metadata(path) == {"digest": digest}
 
 
 def read_shard(path: Path) -> pyarrow.Table:

@@ -17,6 +17,7 @@ from concurrent.futures import TimeoutError as NotYet
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from job.data.chunks import Chunk
 from job.data.shards import Sharder, SourceRows
@@ -25,6 +26,14 @@ from job.errors import MachineError
 Task = tuple[Chunk, SourceRows, Path]
 _TICK_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class ShardMaker(Protocol):
+    """Whoever turns chunks into shards."""
+
+    def make(self, tasks: Iterable[Task]) -> Iterator[Path]:
+        """Yield the shard of each task in order, as a file on this machine; stop iterating at any time."""
+        ...
 
 
 class Workers:

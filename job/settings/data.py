@@ -39,6 +39,12 @@ def _check_language_model(value: str) -> str:
     return value
 
 
+def _check_scheduler(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"(tcp|tls)://[^/@\s]+:\d+", value):
+        raise ValueError("must be a scheduler's address (tcp://host:8786, or tls:// with Dask's own settings)")
+    return value
+
+
 Regex = Annotated[str | None, AfterValidator(_check_regex)]
 
 
@@ -101,3 +107,5 @@ class DataSettings(Section):
     """Write every dropped row with its reason to dropped.jsonl beside the prepared data."""
     dataset_num_proc: Annotated[PositiveInt | Literal["auto"], Field(union_mode="left_to_right"), NEUTRAL] = "auto"
     """Processes that prepare the data; auto: one per core. The result is the same for any number."""
+    prepare_on: Annotated[str | None, AfterValidator(_check_scheduler), NEUTRAL] = None
+    """Scheduler of a Dask cluster (`tcp://head:8786`) whose workers prepare the data; by default this machine's processes do."""
