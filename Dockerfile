@@ -15,7 +15,7 @@ FROM ${BASE}
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev python3 python3-dev python3-venv tini \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 
 # RUNPOD_LOG_LEVEL: the SDK's own default writes every job's input and output to the log.
 # DL3064 takes TOKENIZERS_PARALLELISM for a token.

@@ -1,7 +1,7 @@
 # `make` lists what there is. Everything runs from .venv, which is rebuilt when a requirements file changes.
 
 .DEFAULT_GOAL := help
-.PHONY: help install smoke test check docs clean
+.PHONY: help install smoke test check image-test docs clean
 
 # The plain `python3` when it is new enough, else the newest that is. A name on the PATH is not yet an interpreter (pyenv's
 # shims) and an interpreter may come without venv (Debian's), so each is tried.
@@ -14,7 +14,7 @@ BIN := .venv/bin
 SOURCES := job tests $(wildcard runpod benchmarks)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: .venv/.installed ## create .venv with everything pinned
 
@@ -40,6 +40,9 @@ check: install ## what CI runs: format, lint, types, shell, workflows, Dockerfil
 	$(BIN)/zizmor --offline --no-progress -q .github
 	$(BIN)/hadolint Dockerfile
 	$(MAKE) test
+
+image-test: install ## build the image on a small Debian and run it: root on Linux, podman, mmdebstrap
+	IMAGE_TEST=1 $(BIN)/python -m pytest -p no:cacheprovider -s -v -rs tests/image
 
 docs: install ## write env.example and the README's settings table from job/settings
 	$(BIN)/python -m job settings --write

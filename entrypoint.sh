@@ -59,7 +59,11 @@ if ! given OUTPUT_URI; then
         export OUTPUT_URI="$volume/runs"
     elif [ "$1" != serve ] && ! [ -w . ]; then # `serve` refuses to be without a store
         export OUTPUT_URI=/tmp/qlora-job/runs
-        echo "entrypoint: no volume is mounted and OUTPUT_URI is not set: $OUTPUT_URI goes when the container goes" >&2
+        case "$1" in
+            run | train | smoke | -*)
+                echo "entrypoint: no volume is mounted and OUTPUT_URI is not set: $OUTPUT_URI goes when the container goes" >&2
+                ;;
+        esac
     fi
 fi
 

@@ -195,6 +195,7 @@ def test_a_run_that_goes_with_its_container_is_told(start: Start) -> None:
     told = start(mounts=("/tmp",), read_only="/")
     assert told["OUTPUT_URI"] == "/tmp/qlora-job/runs"
     assert "no volume is mounted" in told["said"]
+    assert not start("settings", mounts=("/tmp",), read_only="/")["said"]
 
 
 def test_runpods_folder_does_not_hide_runpods_sdk() -> None:

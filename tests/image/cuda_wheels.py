@@ -38,6 +38,8 @@ class Wheel:
     version: str
     wheel_bytes: int
     unpacked_bytes: int
+    source_bytes: int
+    """Of that, Python, which pip compiles into as much again."""
 
     @property
     def part(self) -> str:
@@ -120,8 +122,14 @@ def measure(item: dict[str, str]) -> Wheel:
     raw = io.FileIO(unquote(parts.path)) if parts.scheme == "file" else _Ranges(item["url"])
     with io.BufferedReader(raw, CHUNK_BYTES) as file, zipfile.ZipFile(file) as archive:
         wheel_bytes = file.seek(0, io.SEEK_END)
-        unpacked_bytes = sum(info.file_size for info in archive.infolist())
-    return Wheel(name=item["name"], version=item["version"], wheel_bytes=wheel_bytes, unpacked_bytes=unpacked_bytes)
+        infos = archive.infolist()
+    return Wheel(
+        name=item["name"],
+        version=item["version"],
+        wheel_bytes=wheel_bytes,
+        unpacked_bytes=sum(info.file_size for info in infos),
+        source_bytes=sum(info.file_size for info in infos if info.filename.endswith(".py")),
+    )
 
 
 def cuda_wheels() -> list[Wheel]:
