@@ -1,5 +1,3 @@
-# syntax=docker/dockerfile:1
-
 # torch's wheels carry CUDA 13 themselves. The base adds only the compatibility libraries for older drivers.
 ARG BASE=nvidia/cuda:13.0.3-base-ubuntu24.04
 

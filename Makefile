@@ -42,7 +42,7 @@ check: install ## what CI runs: format, lint, types, shell, workflows, Dockerfil
 	$(MAKE) test
 
 image-test: install ## build the image on a small Debian and run it: root on Linux, podman, mmdebstrap
-	IMAGE_TEST=1 $(BIN)/python -m pytest -p no:cacheprovider -s -v -rs tests/image
+	IMAGE_TEST=1 $(BIN)/python -m pytest -p no:cacheprovider -o faulthandler_timeout=1800 -s -v -rs tests/image
 
 docs: install ## write env.example and the README's settings table from job/settings
 	$(BIN)/python -m job settings --write

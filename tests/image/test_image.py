@@ -17,14 +17,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, small_run, write_conversations, write_tiny_model
 from image.cuda_wheels import cuda_wheels
-from image.engine import BASE, IMAGE, Engine, Missing
+from image.engine import BASE, IMAGE, Containers, Docker, Missing, Podman
 from image.sizes import MB, measured, table, with_cuda
 
 USER = 1000
 MAX_CUDA_MB = 7000
 LOCKED = ("--network", "none", "--user", f"{USER}:{USER}", "--cap-drop", "all", "--security-opt", "no-new-privileges")
-READ_ONLY = ("--read-only", "--read-only-tmpfs=false", "--tmpfs", "/tmp:rw,exec")
-"""As `docker run --read-only --tmpfs /tmp:exec`."""
+TMPFS = ("--tmpfs", "/tmp:rw,exec")
 COMPILE = """
 cd /tmp && echo '#include <Python.h>
 int answer(void) { return 42; }' > a.c
@@ -35,19 +34,38 @@ python -c 'import ctypes; print(ctypes.CDLL("/tmp/a.so").answer())'
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[Engine]:
+def podman() -> Iterator[Podman]:
     try:
-        engine = Engine()
-        engine.make_base()
+        podman = Podman()
     except Missing as missing:
         pytest.skip(f"the image is not tested: {missing}")
     begun = time.monotonic()
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     arguments = {"VERSION": "0.0.0-test", "REVISION": revision.strip(), "SOURCE": "https://example.org/qlora-job"}
-    engine.build({"BASE": BASE, **arguments})
+    podman.build({"BASE": BASE, **arguments})
     print(f"\nbuilt in {time.monotonic() - begun:.0f} s")
-    yield engine
-    subprocess.run(engine.command("rm", "--all", "--force", "--time", "0"), stdout=subprocess.DEVNULL, check=False)
+    yield podman
+    podman.call("rm", "--all", "--force", "--time", "0")
+
+
+@pytest.fixture(scope="session")
+def archive(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The image as one file."""
+    tar = tmp_path_factory.mktemp("image") / "image.tar"
+    podman.save(tar)
+    yield tar
+    tar.unlink()
+
+
+@pytest.fixture(scope="session", params=["podman", "docker"])
+def engine(request: pytest.FixtureRequest, podman: Podman) -> Containers:
+    """Each engine that is here."""
+    if request.param == "podman":
+        return podman
+    try:
+        return Docker(request.getfixturevalue("archive"))
+    except Missing as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="session")
@@ -94,12 +112,12 @@ def whole_steps(run: Path) -> list[int]:
     return steps
 
 
-def test_the_images_requirements_resolve_with_cuda_and_nothing_is_left_open(engine: Engine) -> None:
+def test_the_images_requirements_resolve_with_cuda_and_nothing_is_left_open(podman: Podman) -> None:
     wheels = cuda_wheels()
-    image, base = (Path(engine.call("image", "mount", name)) for name in (IMAGE, BASE))
+    image, base = (Path(podman.call("image", "mount", name)) for name in (IMAGE, BASE))
     sizes, bytecode_ratio = measured(image, base)
     cuda = with_cuda(sizes, wheels, bytecode_ratio)
-    engine.call("image", "unmount", "--all")
+    podman.call("image", "unmount", "--all")
     print(
         f"\n{table(sizes, cuda)}\nbytecode: {bytecode_ratio:.2f} of the sources; wheels: "
         f"{sum(wheel.wheel_bytes for wheel in wheels) / MB:,.0f} MB to download"
@@ -109,49 +127,44 @@ def test_the_images_requirements_resolve_with_cuda_and_nothing_is_left_open(engi
     assert sum(cuda.values()) < MAX_CUDA_MB * MB
 
 
-def test_the_image_is_built_as_its_documents_say(engine: Engine, tmp_path: Path) -> None:
-    tar = tmp_path / "image.tar"
-    engine.call("save", "--format", "docker-archive", "--output", str(tar), IMAGE)
+def test_the_image_is_built_as_its_documents_say(podman: Podman, tmp_path: Path) -> None:
+    archive = tmp_path / "image.tar"  # unpacked once for every single check: seconds each with the libraries
+    podman.save(archive, without=("/opt/venv/lib", "/usr/share", "/usr/lib"))
     tool = Path(sys.executable).with_name("container-structure-test")
-    command = [str(tool), "test", "--driver", "tar", "--image", str(tar)]
-    done = subprocess.run(
-        [*command, "--config", str(Path(__file__).with_name("structure.yaml"))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    tar.unlink()
+    command = [str(tool), "test", "--driver", "tar", "--image", str(archive)]
+    command += ["--config", str(Path(__file__).with_name("structure.yaml"))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
 
 
-def test_no_secret_and_no_address_of_the_builder_is_in_the_image(engine: Engine) -> None:
-    names = {line.partition("=")[0] for line in engine.inspect()["Env"]} - {"TOKENIZERS_PARALLELISM"}
+def test_no_secret_and_no_address_of_the_builder_is_in_the_image(podman: Podman) -> None:
+    names = {line.partition("=")[0] for line in podman.inspect()["Env"]} - {"TOKENIZERS_PARALLELISM"}
     assert not [name for name in names if re.search("TOKEN|KEY|SECRET|PASSW|INDEX|PROXY|^PIP_", name, re.IGNORECASE)]
     ask = "ls -A /root /job; cat /etc/pip.conf; pip config list"
-    status, output = engine.run("sh", "-c", ask, options=("--network", "none"))
+    status, output = podman.run("sh", "-c", ask, options=("--network", "none"))
     assert status == 0 and not {".env", ".netrc", ".pip", ".config", ".cache"} & set(output.split()), output
     assert "url" not in output and "links" not in output, output
 
 
-def test_pythons_runpod_is_the_sdk_and_not_our_folder(engine: Engine) -> None:
+def test_pythons_runpod_is_the_sdk_and_not_our_folder(engine: Containers) -> None:
     ask = "import runpod.serverless, job; print(runpod.__file__, job.__file__)"
     for options in (("--workdir", "/job"), ("--workdir", "/job/runpod"), ("--workdir", "/")):
-        status, output = engine.run("python", "-c", ask, options=(*LOCKED, *READ_ONLY, *options))
+        status, output = engine.run("python", "-c", ask, options=(*LOCKED, *engine.read_only, *TMPFS, *options))
         assert status == 0 and "/site-packages/runpod/__init__.py /job/job/__init__.py" in output, output
 
 
-def test_triton_finds_its_compiler(engine: Engine) -> None:
-    status, output = engine.run("sh", "-c", COMPILE, options=(*LOCKED, *READ_ONLY))
+def test_triton_finds_its_compiler(engine: Containers) -> None:
+    status, output = engine.run("sh", "-c", COMPILE, options=(*LOCKED, *engine.read_only, *TMPFS))
     assert (status, output.strip()) == (0, "42")
 
 
-def test_a_misspelt_command_is_named(engine: Engine) -> None:
+def test_a_misspelt_command_is_named(engine: Containers) -> None:
     status, output = engine.run("rnu", options=LOCKED)
     assert status == 2 and "'rnu'" in output and "choose from" in output
 
 
-def test_check_says_yes(engine: Engine, inputs: Path, volume: Path, tmp_path: Path) -> None:
-    options = (*LOCKED, *READ_ONLY, "--volume", f"{volume}:/data", *settings(inputs, tmp_path))
+def test_check_says_yes(engine: Containers, inputs: Path, volume: Path, tmp_path: Path) -> None:
+    options = (*LOCKED, *engine.read_only, *TMPFS, "--volume", f"{volume}:/data", *settings(inputs, tmp_path))
     status, output = engine.run("check", options=options)
     assert status == 0, output
     assert "/data" in output and not list(volume.glob("runs/r/checkpoints/*"))
@@ -159,20 +172,29 @@ def test_check_says_yes(engine: Engine, inputs: Path, volume: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("user", [USER, 54321])
 def test_a_volume_of_somebody_else_is_refused_before_anything_is_spent(
-    user: int, engine: Engine, inputs: Path, volume: Path, tmp_path: Path
+    user: int, engine: Containers, inputs: Path, volume: Path, tmp_path: Path
 ) -> None:
     os.chown(volume, 0, 0)
-    options = (*LOCKED, *READ_ONLY, "--user", str(user), "--volume", f"{volume}:/data", *settings(inputs, tmp_path))
+    options = (
+        *LOCKED,
+        *engine.read_only,
+        *TMPFS,
+        "--user",
+        str(user),
+        "--volume",
+        f"{volume}:/data",
+        *settings(inputs, tmp_path),
+    )
     status, output = engine.run(options=options)
     assert status == 5 and "/data/runs" in output, output
 
 
 def test_a_run_is_stopped_and_continued_and_done_and_left_alone(
-    engine: Engine, inputs: Path, volume: Path, tmp_path: Path
+    engine: Containers, inputs: Path, volume: Path, tmp_path: Path
 ) -> None:
     """The same env file four times, without a command."""
     given = settings(inputs, tmp_path, MAX_STEPS="150", SAVE_STEPS="10")
-    options = (*LOCKED, *READ_ONLY, "--volume", f"{volume}:/data", *given)
+    options = (*LOCKED, *engine.read_only, *TMPFS, "--volume", f"{volume}:/data", *given)
     run = volume / "runs/r"
 
     engine.start("first", options=options)
@@ -183,7 +205,9 @@ def test_a_run_is_stopped_and_continued_and_done_and_left_alone(
     begun = time.monotonic()
     engine.call("stop", "--time", "60", "first")
     seconds, status = time.monotonic() - begun, int(engine.call("wait", "first"))
-    assert status == 75, engine.call("logs", "first")
+    logs = engine.call("logs", "first")
+    engine.call("rm", "first")
+    assert status == 75, logs
     stopped_at = max(whole_steps(run))
     assert 0 < stopped_at < 150 and not (run / "DONE").exists()
     print(f"\nSIGTERM to the end of the container: {seconds:.1f} s, at step {stopped_at} of 150")
@@ -204,7 +228,7 @@ def test_a_run_is_stopped_and_continued_and_done_and_left_alone(
     assert {path.stat().st_uid for path in volume.rglob("*")} == {USER}
 
 
-def test_a_run_as_root_on_a_disk_of_its_own(engine: Engine, inputs: Path, volume: Path, tmp_path: Path) -> None:
+def test_a_run_as_root_on_a_disk_of_its_own(engine: Containers, inputs: Path, volume: Path, tmp_path: Path) -> None:
     """As rented machines start it: no user, no limits, and an env file on the volume."""
     given = settings(inputs, tmp_path, MAX_STEPS="4")
     (volume / "job.env").write_bytes((tmp_path / "job.env").read_bytes())
