@@ -28,6 +28,7 @@ PYTHON = "3.12"
 GLIBC = 39
 """Of Ubuntu 24.04: 2.39."""
 CHUNK_BYTES = 64 << 10
+SHOWN_LINES = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,17 +95,20 @@ def resolve(lists: Iterable[Path], constraints: Iterable[Path], names: Iterable[
     """What pip would install from them on the image's Python: name, version and url of each.
 
     Raises:
-        subprocess.CalledProcessError: nothing fits together; pip has said what.
+        ValueError: nothing fits together; with pip's last words.
     """
     tags = [f"manylinux_2_{minor}_x86_64" for minor in range(5, GLIBC + 1)]
     tags += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--quiet"]
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed"]
         command += ["--disable-pip-version-check", "--python-version", PYTHON, "--only-binary", ":all:", "--target", folder]
         command += [word for tag in tags for word in ("--platform", tag)]
         command += [word for path in lists for word in ("--requirement", str(path))]
         command += [word for path in constraints for word in ("--constraint", str(path))]
-        subprocess.run([*command, "--report", f"{folder}/report.json", *names], check=True)
+        done = subprocess.run([*command, "--report", f"{folder}/report.json", *names], capture_output=True, text=True)
+        if done.returncode:
+            said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith(("WARNING", "Collecting"))]
+            raise ValueError("\n".join(["the requirements do not resolve:", *said[-SHOWN_LINES:]]))
         report = json.loads(Path(folder, "report.json").read_text("utf-8"))
     return [
         {
@@ -136,8 +140,7 @@ def cuda_wheels() -> list[Wheel]:
     """All wheels of the image's requirements.
 
     Raises:
-        subprocess.CalledProcessError: they do not resolve.
-        ValueError: a version is left open, or torch is not the build with CUDA.
+        ValueError: they do not resolve, a version is left open, or torch is not the build with CUDA.
     """
     lists = [ROOT / name for name in LISTS if (ROOT / name).exists()]
     constraints = [ROOT / name for name in CONSTRAINTS]
@@ -159,7 +162,7 @@ def _normalised(name: str) -> str:
 def main() -> int:
     try:
         wheels = cuda_wheels()
-    except (subprocess.CalledProcessError, ValueError) as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{'wheel':<28}{'version':<14}{'wheel MB':>9}{'unpacked MB':>13}")
