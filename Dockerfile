@@ -40,11 +40,14 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 # For REPORT_TO; requirements-trackers.txt pins the others too: trackio, mlflow-skinny.
 ARG TRACKERS="tensorboard wandb"
-COPY requirements.txt requirements-trackers.txt ./
+# For PREPARE_ON: CLUSTER=distributed.
+ARG CLUSTER=""
+COPY requirements.txt requirements-trackers.txt requirements-cluster.txt ./
 # SC2086: several names in one argument.
 # hadolint ignore=SC2086
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -r requirements.txt ${TRACKERS} -c requirements-image.txt -c requirements-trackers.txt
+    pip install -r requirements.txt ${TRACKERS} ${CLUSTER} \
+        -c requirements-image.txt -c requirements-trackers.txt -c requirements-cluster.txt
 
 # RunPod's SDK, for `serve` alone. RUNPOD=0 leaves it out.
 ARG RUNPOD=1

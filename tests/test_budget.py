@@ -31,6 +31,7 @@ from job.keep.checkpoints import check
 from job.keep.ledger import Attempt, Ledger
 from job.keep.store import open_store, write_text
 from job.plan.forecast import Plan, Work, forecast
+from job.plan.nodes import Nodes
 from job.settings import BudgetSettings, Settings, read_settings
 from job.stopping import StopRequest
 from job.supervise import ChildFailedError
@@ -211,6 +212,7 @@ class Trainer:
                 display=display,
             ),
             start_child=self.start,
+            nodes=Nodes(),
         )
 
     def start(self, *_: Any, **__: Any) -> None:

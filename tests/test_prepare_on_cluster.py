@@ -59,7 +59,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, chosen = tmp_path_factory.mktemp("sources"), random.Random(7)
     said = [" ".join(chosen.choices(WORDS, k=25)) for _ in range(1150)]
     talk = [pair(f"What do you say, number {number}?", text) for number, text in enumerate(said)]
-    talk += [*talk[:40], *(pair(row["prompt"], row["completion"] + " indeed") for row in talk[50:90]), *[{"prompt": 3}] * 5]
+    talk += [*talk[:40], *(pair(row["prompt"], row["completion"] + " indeed") for row in talk[50:90])]
+    talk += [{"prompt": 3}] * 5  # type: ignore[dict-item]  # malformed
     talk += [pair(f"Was ist das, {number}?", "Das ist leider nicht auf Englisch und bleibt darum nicht.") for number in range(9)]
     write_jsonl(folder / "talk.jsonl", talk)
     lines = (f"{' '.join(chosen.choices(WORDS, k=12))} {number}\n" for number in range(1300))
@@ -121,8 +122,8 @@ def test_rows_of_the_held_out_data_are_found_on_a_cluster_too(
     workers: DaskCluster, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     held_out = write_jsonl(tmp_path / "held.jsonl", json_rows(sources["talk"])[:40])
-    for name, changes in (("here", {}), ("there", {"prepare_on": workers.address})):
-        tally = prepare_in(tmp_path / name, sources["talk"], eval_datasets=str(held_out), **changes)
+    for name, address in (("here", None), ("there", workers.address)):
+        tally = prepare_in(tmp_path / name, sources["talk"], eval_datasets=str(held_out), prepare_on=address)
         assert tally.sources[1].dropped["contaminated"] >= 30
     assert tree_digest(tmp_path / "there") == tree_digest(tmp_path / "here")
 

