@@ -24,8 +24,9 @@ from job.merging import Merging
 from job.settings import Settings
 from job.stages import Stages
 from job.stopping import StopRequest
+from job.trained import DONE
 
-DONE, PAGE = "DONE", "report.html"
+PAGE = "report.html"
 
 
 class Ending:

@@ -12,7 +12,6 @@ from job.deliver.finish import ADAPTER
 from job.deliver.record import REPORT, Record
 from job.deliver.report import Report
 from job.display import Display
-from job.ending import DONE
 from job.errors import MachineError, Problem, SettingsError
 from job.events import Stopped
 from job.keep.checkpoints import CHECKPOINTS, list_steps, restore_latest
@@ -24,6 +23,7 @@ from job.plan.hardware import find_devices, one_gpu
 from job.plan.retreat import Rollback
 from job.settings import Settings
 from job.stages import Stages
+from job.trained import DONE
 
 
 class Evaluating:

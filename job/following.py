@@ -24,6 +24,7 @@ from job.stages import Stages
 from job.stopping import StopRequest
 from job.supervise import ChildFailedError
 from job.train.spec import TrainSpec
+from job.trained import is_done
 
 WAIT_SECONDS = 3600.0
 """How long nothing may be ordered: the first machine may download and prepare for long, and is paid for all the same."""
@@ -107,6 +108,9 @@ class Following:
             JobError: with the exit status of the first machine when the run ends otherwise.
         """
         with self._stop.at_once():
+            if is_done(self._store):
+                self._display.say(f"already done: {self._store.uri}; nothing to do")
+                return 0
             self._old_end = find_end(self._store, self._work)
         self._stages.fetch()
         while (order := self._wait_for_order()) is not None:

@@ -16,7 +16,7 @@ from job.deliver.finish import ADAPTER
 from job.deliver.notify import Notifier
 from job.deliver.record import Record
 from job.display import Display
-from job.ending import DONE, Ending
+from job.ending import Ending
 from job.energy import EnergyMeter
 from job.errors import (
     BudgetError,
@@ -40,7 +40,7 @@ from job.settings import Settings
 from job.stages import Stages
 from job.stopping import StopRequest
 from job.supervise import ChildFailedError
-from job.trained import has_adapter
+from job.trained import DONE, has_adapter, is_done
 
 STOPPED: dict[type[JobError], Stopped] = {PreemptedError: Stopped.PREEMPTED, BudgetError: Stopped.BUDGET}
 
@@ -121,9 +121,8 @@ class Run:
 
     def _lead(self) -> int:
         with self._stop.at_once():
-            store = hurried(self._store)
-            is_done = DONE in store.list(DONE) and is_whole(store, ADAPTER)
-        if is_done:
+            has_ended = is_done(hurried(self._store))
+        if has_ended:
             self._display.say(f"already done: {self._store.uri}; nothing to do")
             return 0
         with self._locked():

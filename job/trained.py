@@ -1,4 +1,4 @@
-"""A run's store in, whether its trained adapter lies there whole out, and on this machine too."""
+"""A run's store in; whether it is done, and whether its trained adapter lies there whole, out."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,14 @@ from job.errors import MachineError
 from job.keep.checkpoints import DamagedError, delete_folder, get_folder
 from job.keep.mirror import is_whole
 from job.keep.store import Store
+
+DONE = "DONE"
+"""In the store of a run of which nothing is left to do."""
+
+
+def is_done(store: Store) -> bool:
+    """Whether nothing is left of the run."""
+    return DONE in store.list(DONE) and is_whole(store, ADAPTER)
 
 
 def has_adapter(store: Store, work: Path, say: Callable[[str], None], *, may_train: bool) -> bool:

@@ -226,7 +226,7 @@ def test_a_run_of_two_processes_retreats_stops_and_is_finished_by_one(job: Job, 
     assert status == 75, output
     assert "out of memory: continuing with micro-batch 1 x 2 on each of 2 devices" in output
     assert output.count("model loaded on cpu") == 2, "one of the two processes tells it, at each of two starts"
-    assert max(list_steps(open_store(str(job.kept)))) == 6
+    assert max(list_steps(open_store(str(job.kept)))) in (6, 7), "the signal reached the first process, or the other one"
     assert not [process for process in psutil.process_iter(["cmdline"]) if str(job.folder) in str(process.info["cmdline"])]
     status, output = job.run("run", **two | {"NPROC_PER_NODE": "1", "JOB_FAULT": ""})
     assert status == 0, output

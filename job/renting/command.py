@@ -15,7 +15,6 @@ from job.deliver.calls import CallError
 from job.deliver.machine import GOOD_ENDS
 from job.deliver.record import Record
 from job.display import Display
-from job.ending import DONE
 from job.errors import InterruptedRunError, JobError, MachineError, Problem, SettingsError
 from job.keep.store import Store, hurried, open_store
 from job.plan.price import RUNPOD_API
@@ -33,6 +32,7 @@ from job.settings import Settings
 from job.stages import Stages
 from job.stopping import StopRequest
 from job.supervise import ChildFailedError
+from job.trained import DONE
 
 NEXT_AT_MOST = 2.0
 """Times the first choice: so much dearer may the next be that --yes takes without asking again."""
