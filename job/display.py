@@ -119,15 +119,18 @@ class Display:
             speed = f"{rate:,.0f} tokens/s"
         else:
             self._tokens_before = (event.num_tokens, event.seconds)
-        cost = ""
+        cost, cost_usd = "", None
         if self._usd_per_hour:
-            cost = f"${self._usd_before + self._usd_per_hour * (time.monotonic() - self._started) / 3600:.2f}"
+            cost_usd = self._usd_before + self._usd_per_hour * (time.monotonic() - self._started) / 3600
+            cost = f"${cost_usd:.2f}"
             cost += f" of ${self._limit_usd:.2f}" if self._limit_usd else ""
         note = "  ".join(part for part in (f"loss {event.loss:.3f}", speed, cost) if part)
         note += f"  {self._expected}" if self._expected else ""
         self._progress.update(self._task, description="training", completed=event.step, total=event.num_steps, note=note)
         if not self._live:
-            row = {**json.loads(event.model_dump_json(exclude={"event"})), **({"cost": cost} if cost else {})}
+            row = json.loads(event.model_dump_json(exclude={"event"}))
+            if cost_usd is not None:
+                row |= {"cost": cost, "cost_usd": round(cost_usd, 4)}
             if self._seconds_left is not None:
                 row["seconds_left"] = round(self._seconds_left)
             self._console.print(json.dumps(row), markup=False, soft_wrap=True)
