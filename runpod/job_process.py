@@ -57,6 +57,7 @@ class JobProcess:
         self._lines: deque[str] = deque(maxlen=MAX_LINES)
         self._progress: dict[str, Any] = {}
         self._process: asyncio.subprocess.Process | None = None
+        self._is_asked = False
 
     async def run(self) -> int:
         """Run to the end, stopping it first when this is cancelled; returns the exit status, negative for a signal."""
@@ -69,6 +70,8 @@ class JobProcess:
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
         )
+        if self._is_asked:  # while it was started
+            self._signal()
         reading = asyncio.create_task(self._read())
         try:
             return await self._process.wait()
@@ -83,12 +86,16 @@ class JobProcess:
             reading.cancel()
 
     def stop(self) -> None:
-        """Ask for a checkpoint and the end; killed when the grace is over. A second call asks for nothing more."""
-        process = self._process
-        if process is None or process.returncode is not None:
+        """Ask for a checkpoint and the end; killed when the grace is over. Once: a second signal would cut the saving off."""
+        if not self._is_asked:
+            self._is_asked = True
+            self._signal()
+
+    def _signal(self) -> None:
+        if self._process is None or self._process.returncode is not None:
             return
         with suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
+            self._process.send_signal(signal.SIGTERM)
         asyncio.get_running_loop().call_later(self._grace_seconds + MARGIN_SECONDS, self._kill)
 
     def _kill(self) -> None:

@@ -7,6 +7,7 @@ with an answer, and a second handler on the same machine (the job's own lock ref
 import asyncio
 import os
 import platform
+import signal
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,7 +22,7 @@ from request_input import read_input
 from job.errors import JobError, PreemptedError, SettingsError
 from job.keep.mirror import is_whole
 from job.redaction import Redactor, guessed_secrets
-from job.settings import Configuration, default_run_id, result_fingerprint
+from job.settings import Configuration, default_run_id, read_settings, result_fingerprint
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -38,6 +39,7 @@ class Runs:
         self._redact = Redactor(guessed_secrets(environ))
         self._under_way: dict[str, _Run] = {}
         self._gpu: asyncio.Lock | None = None
+        self._is_leaving = False
 
     async def answer(self, given: object, on_progress: Listener) -> dict[str, Any]:
         """Do what a request asks for; cancelled, it stops the run unless another request waits for it too.
@@ -47,12 +49,12 @@ class Runs:
             on_progress: told how far the run is, after each line of its log.
         """
         try:
-            texts, configuration = await asyncio.to_thread(self._read, given)
+            texts, configuration, is_asked_for = await asyncio.to_thread(self._read, given)
             settings = configuration.settings
             run_id = settings.keep.run_id
             if run_id is None:
                 run_id = await asyncio.to_thread(default_run_id, settings)
-            check_place(settings, self._environ, is_asked_for=isinstance(given, dict) and "OUTPUT_URI" in given)
+            check_place(settings, self._environ, is_asked_for=is_asked_for)
             run = _Run(run_id, texts, configuration, self._environ)
         except SettingsError as error:
             return answer.refused(error.problems)
@@ -60,6 +62,10 @@ class Runs:
             return answer.failed(error.exit_status, self._redact(str(error)))
         except OSError as error:  # a local model or data set that cannot be read
             return answer.failed(2, self._redact(f"{error.filename}: {error.strerror}"), refresh=False)
+        while (other := self._under_way.get(run.store.uri)) is not None and other.is_stopping:
+            await other.ended()  # a request after a cancelled one: it goes on from its checkpoint
+        if self._is_leaving:
+            return answer.failed(PreemptedError.exit_status, "this worker is going away; nothing was started", run_id=run_id)
         if self._gpu is None:
             self._gpu = asyncio.Lock()
         under_way = self._under_way.setdefault(run.store.uri, run)
@@ -72,14 +78,16 @@ class Runs:
 
     def stop_all(self) -> None:
         """The machine goes away: every run saves a checkpoint, and its requests are answered with what to do next."""
+        self._is_leaving = True
         for run in self._under_way.values():
             run.stop()
 
-    def _read(self, given: object) -> tuple[dict[str, str], Configuration]:
+    def _read(self, given: object) -> tuple[dict[str, str], Configuration, bool]:
+        """Settings, and whether the request itself says where the results go."""
         texts, configuration = read_input(given, self._environ)
         if more := default_output(self._environ, configuration.settings):
-            texts, configuration = read_input({**(given if isinstance(given, dict) else {}), **more}, self._environ)
-        return texts, configuration
+            return {**texts, **more}, read_settings(self._environ, {**texts, **more}), False
+        return texts, configuration, "OUTPUT_URI" in texts
 
 
 class _Run:
@@ -97,7 +105,7 @@ class _Run:
         self._redact = Redactor(guessed_secrets(environ))
         self._listeners: list[Listener] = []
         self._task: asyncio.Task[dict[str, Any]] | None = None
-        self._is_stopping = self._is_started = False
+        self.is_stopping = self._is_started = False
 
     def begin(self, gpu: asyncio.Lock, on_end: Callable[[], object]) -> None:
         self._task = asyncio.create_task(self._do(gpu))
@@ -113,18 +121,23 @@ class _Run:
             self._listeners.remove(on_progress)
             if not self._listeners:
                 self.stop()
-                await self._ended()
+                await self._end()
             raise
 
     def stop(self) -> None:
         """Have a checkpoint saved, and end."""
-        self._is_stopping = True
+        self.is_stopping = True
         if self._is_started:
             self._process.stop()
         elif self._task is not None:
             self._task.cancel()
 
-    async def _ended(self) -> None:
+    async def ended(self) -> None:
+        """Wait for the end."""
+        if self._task is not None:
+            await asyncio.wait({self._task})
+
+    async def _end(self) -> None:
         """Wait for the end, also when cancelled once more: the job is given no longer than its grace."""
         assert self._task is not None
         loop = asyncio.get_running_loop()
@@ -139,6 +152,7 @@ class _Run:
 
     async def _do(self, gpu: asyncio.Lock) -> dict[str, Any]:
         try:
+            self._tell({"doing": "waiting for this worker's GPU"})
             async with gpu:
                 if await asyncio.to_thread(self._is_done):
                     return await asyncio.to_thread(answer.done, self._run_id, self.store, already=True)
@@ -149,15 +163,15 @@ class _Run:
                 finally:
                     await self._lease.give_back()
         except asyncio.CancelledError:
-            if not self._is_stopping:
+            if not self.is_stopping:  # the event loop ends
                 raise
-            return answer.failed(PreemptedError.exit_status, "stopped before it began", run_id=self._run_id, store=self.store)
+            return await self._failed(PreemptedError.exit_status, "stopped before it began")
         except JobError as error:
             refresh = False if isinstance(error, TakenError) else None
-            return self._failed(error.exit_status, self._redact(str(error)), refresh=refresh)
+            return await self._failed(error.exit_status, self._redact(str(error)), refresh=refresh)
         except Exception as bug:
             print(self._redact(traceback.format_exc()), flush=True)
-            return self._failed(1, self._redact(f"{type(bug).__name__}: {bug}"))
+            return await self._failed(1, self._redact(f"{type(bug).__name__}: {bug}"))
 
     async def _train(self) -> dict[str, Any]:
         self._is_started = True
@@ -176,10 +190,16 @@ class _Run:
         reason = self._process.reason()
         if has_lost:
             reason = f"another worker has taken this run over; {reason}"
-        return await asyncio.to_thread(self._failed, status, reason)
+        elif self.is_stopping and status < 0:
+            how = "before it had begun" if status == -signal.SIGTERM else "after GRACE_SECONDS; the last checkpoint is kept"
+            status, reason = PreemptedError.exit_status, f"stopped {how}"
+        return await self._failed(status, reason)
 
-    def _failed(self, status: int, reason: str | None, *, refresh: bool | None = None) -> dict[str, Any]:
-        return answer.failed(status, reason, run_id=self._run_id, store=self.store, refresh=refresh)
+    async def _failed(self, status: int, reason: str | None, *, refresh: bool | None = None) -> dict[str, Any]:
+        def read() -> dict[str, Any]:
+            return answer.failed(status, reason, run_id=self._run_id, store=self.store, refresh=refresh)
+
+        return await asyncio.to_thread(read)
 
     def _is_done(self) -> bool:
         return answer.DONE in self.store.list(answer.DONE) and is_whole(self.store, answer.ADAPTER)

@@ -98,8 +98,13 @@ class RunPodQueue:
         with self._changed:
             self._end(self.jobs[job_id], "CANCELLED")
 
+    def time_out(self, job_id: str) -> None:
+        """The execution timeout of a job that is worked on is over now."""
+        with self._changed:
+            self.jobs[job_id].ends = 0.0
+
     def wait(
-        self, job_id: str, *, seconds: float = 120.0, until: Callable[[QueueJob], object] = lambda job: job.result
+        self, job_id: str, *, seconds: float = 240.0, until: Callable[[QueueJob], object] = lambda job: job.result
     ) -> QueueJob:
         """Wait until a job is over, or for something else of it."""
         job, ends = self.jobs[job_id], time.monotonic() + seconds
