@@ -62,8 +62,6 @@ class Runs:
             return answer.failed(error.exit_status, self._redact(str(error)))
         except OSError as error:  # a local model or data set that cannot be read
             return answer.failed(2, self._redact(f"{error.filename}: {error.strerror}"), refresh=False)
-        while (other := self._under_way.get(run.store.uri)) is not None and other.is_stopping:
-            await other.ended()  # a request after a cancelled one: it goes on from its checkpoint
         if self._is_leaving:
             return answer.failed(PreemptedError.exit_status, "this worker is going away; nothing was started", run_id=run_id)
         if self._gpu is None:
@@ -105,7 +103,7 @@ class _Run:
         self._redact = Redactor(guessed_secrets(environ))
         self._listeners: list[Listener] = []
         self._task: asyncio.Task[dict[str, Any]] | None = None
-        self.is_stopping = self._is_started = False
+        self._is_stopping = self._is_started = False
 
     def begin(self, gpu: asyncio.Lock, on_end: Callable[[], object]) -> None:
         self._task = asyncio.create_task(self._do(gpu))
@@ -126,16 +124,11 @@ class _Run:
 
     def stop(self) -> None:
         """Have a checkpoint saved, and end."""
-        self.is_stopping = True
+        self._is_stopping = True
         if self._is_started:
             self._process.stop()
         elif self._task is not None:
             self._task.cancel()
-
-    async def ended(self) -> None:
-        """Wait for the end."""
-        if self._task is not None:
-            await asyncio.wait({self._task})
 
     async def _end(self) -> None:
         """Wait for the end, also when cancelled once more: the job is given no longer than its grace."""
@@ -152,7 +145,8 @@ class _Run:
 
     async def _do(self, gpu: asyncio.Lock) -> dict[str, Any]:
         try:
-            self._tell({"doing": "waiting for this worker's GPU"})
+            if gpu.locked():
+                self._tell({"doing": "waiting for another run on this worker's GPU"})
             async with gpu:
                 if await asyncio.to_thread(self._is_done):
                     return await asyncio.to_thread(answer.done, self._run_id, self.store, already=True)
@@ -163,7 +157,7 @@ class _Run:
                 finally:
                     await self._lease.give_back()
         except asyncio.CancelledError:
-            if not self.is_stopping:  # the event loop ends
+            if not self._is_stopping:  # the event loop ends
                 raise
             return await self._failed(PreemptedError.exit_status, "stopped before it began")
         except JobError as error:
@@ -190,7 +184,7 @@ class _Run:
         reason = self._process.reason()
         if has_lost:
             reason = f"another worker has taken this run over; {reason}"
-        elif self.is_stopping and status < 0:
+        elif self._is_stopping and status < 0:
             how = "before it had begun" if status == -signal.SIGTERM else "after GRACE_SECONDS; the last checkpoint is kept"
             status, reason = PreemptedError.exit_status, f"stopped {how}"
         return await self._failed(status, reason)

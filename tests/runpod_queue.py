@@ -12,6 +12,7 @@ Source: the worker's side of the SDK, runpod 1.12.0 (rp_job.py, rp_http.py, rp_p
 
 import itertools
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -163,6 +164,10 @@ class RunPodQueue:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a worker that was killed
+            super().handle_error(request, client_address)
 
 
 def _handler(queue: RunPodQueue) -> type[BaseHTTPRequestHandler]:
