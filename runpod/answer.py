@@ -42,15 +42,22 @@ def refused(problems: Sequence[Problem | str]) -> dict[str, Any]:
 
 
 def failed(
-    status: int, reason: str | None, *, run_id: str | None = None, store: Store | None = None, refresh: bool | None = None
+    status: int,
+    reason: str | None,
+    *,
+    run_id: str | None = None,
+    store: Store | None = None,
+    refresh: bool | None = None,
+    what_next: str | None = None,
 ) -> dict[str, Any]:
     """A run that is not done.
 
     Args:
         status: the job's exit status, negative for a signal.
         refresh: whether RunPod is asked for a fresh worker; by default where this one may be the reason.
+        what_next: instead of what the exit status says.
     """
-    what_next = WHAT_NEXT.get(status, "a bug: please report it; submitted again, the run continues")
+    what_next = what_next or WHAT_NEXT.get(status, "a bug: please report it; submitted again, the run continues")
     if status < 0:
         what_next = "the job was killed, perhaps for memory: submit the same request again; the run continues"
     text = _cut(reason or "no reason was given; the worker's log has all that was printed")

@@ -66,7 +66,8 @@ class Worker:
     def _on_signal(self, number: signal.Signals, before: Any) -> None:
         print(f"{number.name}: the runs save a checkpoint", flush=True)
         self._runs.stop_all()
-        if callable(before):
+        # In the local mode the SDK's own handler for Ctrl-C exits with 0 before the answer is there.
+        if callable(before) and before is not getattr(serverless, "_signal_handler", None):
             before(number, None)
 
 

@@ -75,10 +75,7 @@ class Lease:
 
     def _taken(self, what: str) -> TakenError:
         holder = self._read().get("worker", "unknown")
-        return TakenError(
-            f"another worker ({holder}) {what} ({self._store.uri}); wait for its result, or cancel it; a request after that "
-            "continues the run, or returns its report when it is done"
-        )
+        return TakenError(f"another worker ({holder}) {what} ({self._store.uri}); wait for its result, or cancel it")
 
     def _signs(self) -> tuple[str, str] | None:
         """What changes while another worker lives; None where there is none, or none that can be alive."""

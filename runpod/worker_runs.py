@@ -11,6 +11,7 @@ import signal
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import answer
@@ -21,6 +22,7 @@ from request_input import read_input
 
 from job.errors import JobError, PreemptedError, SettingsError
 from job.keep.mirror import is_whole
+from job.keep.store import hurried
 from job.redaction import Redactor, guessed_secrets
 from job.settings import Configuration, default_run_id, read_settings, result_fingerprint
 
@@ -160,9 +162,11 @@ class _Run:
             if not self._is_stopping:  # the event loop ends
                 raise
             return await self._failed(PreemptedError.exit_status, "stopped before it began")
+        except TakenError as error:
+            what_next = "submit again when that worker is done: the run continues, or its report is returned"
+            return await self._failed(error.exit_status, str(error), refresh=False, what_next=what_next)
         except JobError as error:
-            refresh = False if isinstance(error, TakenError) else None
-            return await self._failed(error.exit_status, self._redact(str(error)), refresh=refresh)
+            return await self._failed(error.exit_status, self._redact(str(error)))
         except Exception as bug:
             print(self._redact(traceback.format_exc()), flush=True)
             return await self._failed(1, self._redact(f"{type(bug).__name__}: {bug}"))
@@ -189,11 +193,9 @@ class _Run:
             status, reason = PreemptedError.exit_status, f"stopped {how}"
         return await self._failed(status, reason)
 
-    async def _failed(self, status: int, reason: str | None, *, refresh: bool | None = None) -> dict[str, Any]:
-        def read() -> dict[str, Any]:
-            return answer.failed(status, reason, run_id=self._run_id, store=self.store, refresh=refresh)
-
-        return await asyncio.to_thread(read)
+    async def _failed(self, status: int, reason: str | None, **more: Any) -> dict[str, Any]:
+        return await asyncio.to_thread(partial(answer.failed, status, reason, run_id=self._run_id, store=self.store, **more))
 
     def _is_done(self) -> bool:
-        return answer.DONE in self.store.list(answer.DONE) and is_whole(self.store, answer.ADAPTER)
+        store = hurried(self.store)
+        return answer.DONE in store.list(answer.DONE) and is_whole(store, answer.ADAPTER)

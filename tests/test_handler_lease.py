@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from lease import LEASE, Lease, TakenError
+from s3_server import BUCKET, S3Server
 
 from job.events import Stopped
 from job.keep.ledger import Ledger
+from job.keep.s3 import S3Store
 from job.keep.store import Store, open_store
 
 SECONDS = 0.5
@@ -23,8 +25,8 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"))
 
 
-def lease(store: Store, worker: str) -> Lease:
-    return Lease(store, Path(store.uri).parent / worker, worker=worker, seconds=SECONDS)
+def lease(store: Store, worker: str, seconds: float = SECONDS) -> Lease:
+    return Lease(store, Path(store.uri).parent / worker, worker=worker, seconds=seconds)
 
 
 async def alive(one: Lease, meanwhile: Coroutine[Any, Any, Any]) -> bool:
@@ -51,6 +53,20 @@ def test_a_run_that_a_live_worker_has_is_refused(store: Store) -> None:
         await first.give_back()
         assert LEASE not in store.list()
         await lease(store, "w2").take()
+
+    asyncio.run(story())
+
+
+def test_the_same_holds_in_a_bucket(server: S3Server, tmp_path: Path) -> None:
+    store = S3Store(BUCKET, "runs/r", server.credentials)
+
+    async def story() -> None:
+        first, second = (Lease(store, tmp_path / worker, worker=worker, seconds=5.0) for worker in ("w1", "w2"))
+        await first.take()
+        assert not await alive(first, refused(second))
+        await first.give_back()
+        assert server.names() == []
+        await second.take()
 
     asyncio.run(story())
 
@@ -87,7 +103,7 @@ def test_of_several_that_begin_at_the_same_moment_one_has_the_run(store: Store) 
 
     async def story() -> int:
         is_over = asyncio.Event()
-        leases = [Lease(store, Path(store.uri).parent / f"s{number}", worker=f"w{number}", seconds=5.0) for number in range(4)]
+        leases = [lease(store, f"w{number}", seconds=5.0) for number in range(4)]
         working = [asyncio.create_task(work(one, is_over)) for one in leases]
         while sum(one.done() for one in working) < 3:
             await asyncio.sleep(0.05)
