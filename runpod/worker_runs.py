@@ -64,6 +64,9 @@ class Runs:
             return answer.failed(error.exit_status, self._redact(str(error)))
         except OSError as error:  # a local model or data set that cannot be read
             return answer.failed(2, self._redact(f"{error.filename}: {error.strerror}"), refresh=False)
+        except Exception as bug:  # the SDK would send its traceback as it is
+            print(self._redact(traceback.format_exc()), flush=True)
+            return answer.failed(1, self._redact(f"{type(bug).__name__}: {bug}"))
         if self._is_leaving:
             return answer.failed(PreemptedError.exit_status, "this worker is going away; nothing was started", run_id=run_id)
         if self._gpu is None:
