@@ -51,9 +51,15 @@ class JobProcess:
     """
 
     def __init__(
-        self, environ: Mapping[str, str], *, grace_seconds: float, on_progress: Callable[[dict[str, Any]], None]
+        self,
+        environ: Mapping[str, str],
+        *,
+        grace_seconds: float,
+        on_progress: Callable[[dict[str, Any]], None],
+        margin_seconds: float = MARGIN_SECONDS,
     ) -> None:
-        self._environ, self._grace_seconds, self._on_progress = dict(environ), grace_seconds, on_progress
+        self._environ, self._on_progress = dict(environ), on_progress
+        self._seconds_to_stop = grace_seconds + margin_seconds
         self._lines: deque[str] = deque(maxlen=MAX_LINES)
         self._progress: dict[str, Any] = {}
         self._process: asyncio.subprocess.Process | None = None
@@ -96,7 +102,7 @@ class JobProcess:
             return
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
-        asyncio.get_running_loop().call_later(self._grace_seconds + MARGIN_SECONDS, self._kill)
+        asyncio.get_running_loop().call_later(self._seconds_to_stop, self._kill)
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
@@ -127,7 +133,7 @@ class JobProcess:
 
     def _hear(self, line: str) -> None:
         print(line, flush=True)
-        line = line.strip()[:MAX_CHARACTERS]
+        line = line.rstrip()[:MAX_CHARACTERS]
         if not line:
             return
         step = _step(line)
