@@ -135,7 +135,7 @@ def test_a_job_that_does_not_stop_is_killed_when_its_grace_is_over_and_signalled
         return await running
 
     begun = time.monotonic()
-    assert asyncio.run(story()) == -9 and time.monotonic() - begun > 1
+    assert asyncio.run(story()) == -9 and 1 < time.monotonic() - begun < 20
     assert [one["doing"] for one in program.told] == ["ready", "heard"]
 
 
