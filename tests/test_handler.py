@@ -47,8 +47,8 @@ class Worker:
     def log(self) -> str:
         return self._log.read_text("utf-8", "replace")
 
-    def children(self) -> list[str]:
-        """Command lines of the processes of the job that it has started."""
+    def children(self) -> list[int]:
+        """The processes of the job that it has started."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -57,7 +57,7 @@ class Worker:
             except (OSError, IndexError):
                 continue
             if int(parent) == self.process.pid and " -m job" in command:
-                found.append(command)
+                found.append(int(path.name))
         return found
 
 
@@ -67,9 +67,12 @@ def worker(folder: Path, environ: Mapping[str, str], *arguments: str) -> Iterato
     try:
         yield started
     finally:
+        left = started.children()  # of a test that failed
         if started.process.poll() is None:
             os.killpg(started.process.pid, signal.SIGKILL)
         started.process.wait()
+        for child in left:
+            os.killpg(child, signal.SIGKILL)
 
 
 @pytest.fixture
