@@ -112,7 +112,7 @@ class RunPodQueue:
         with self._changed:
             while not until(job):
                 left = ends - time.monotonic()
-                assert left > 0, f"{job_id} after {seconds:g} s: {job}"
+                assert left > 0 and job.result is None, f"{job_id} after {seconds:g} s or its end: {job}"
                 self._changed.wait(min(left, 0.2))
         return job
 
