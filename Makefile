@@ -18,7 +18,7 @@ help: ## list the targets
 
 install: .venv/.installed ## create .venv with everything pinned
 
-.venv/.installed: requirements.txt requirements-dev.txt requirements-smoke.txt
+.venv/.installed: requirements.txt requirements-dev.txt requirements-runpod.txt requirements-smoke.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with venv is needed (Debian, Ubuntu: apt-get install python3-venv); or name one: make PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip==$(PIP_VERSION)
