@@ -21,7 +21,7 @@ from rich.console import Console
 from run_records import HAPPENINGS, REASONS, Records, TrueRun, make_records
 from s3_server import BUCKET, S3Server
 
-from job import ending, speeds
+from job import speeds, trained
 from job.deliver.history import read as history_module
 from job.deliver.history.figures import ADVICE, Figures
 from job.deliver.history.outcomes import LIVE_SECONDS, Outcome
@@ -376,11 +376,11 @@ def test_reasons_that_name_other_files_are_of_one_kind() -> None:
 
 
 def test_settings_and_words_of_other_modules_are_what_they_are_there() -> None:
-    assert history_module._DONE.fullmatch(f"r/{ending.DONE}") and history_module._SPEED.fullmatch(f"{speeds.MEASURED}/k/r.json")
+    assert history_module._DONE.fullmatch(f"r/{trained.DONE}") and history_module._SPEED.fullmatch(f"{speeds.MEASURED}/k/r.json")
     strings = {
         node.value
         for node in ast.walk(
-            ast.parse((ROOT / "job/training.py").read_text("utf-8") + (ROOT / "job/supervise.py").read_text("utf-8"))
+            ast.parse("\n".join((ROOT / f"job/{name}.py").read_text("utf-8") for name in ("training", "recovery", "supervise")))
         )
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
