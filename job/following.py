@@ -84,6 +84,9 @@ class Following:
         except JobError as error:
             self._give_end(error.exit_status, str(error))
             raise
+        except Exception as bug:
+            self._give_end(1, f"{type(bug).__name__}: {bug}")
+            raise
         self._give_end(status, "")
         return status
 
@@ -112,7 +115,10 @@ class Following:
                 self._display.say(f"already done: {self._store.uri}; nothing to do")
                 return 0
             self._old_end = find_end(self._store, self._work)
-        self._stages.fetch()
+        try:
+            self._stages.fetch()
+        except ChildFailedError as failure:
+            raise failure.error from None
         while (order := self._wait_for_order()) is not None:
             self._done = order
             try:
