@@ -270,7 +270,9 @@ class Loop:
         (script,) = READERS["dstack.yaml"]().body["commands"]
         assert "/job/entrypoint.sh run" in script and " 60 60 " in script
         script = script.replace("/job/entrypoint.sh run", str(program)).replace("60", str(pause))
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell cannot trap what it was started to ignore, as with nohup
         self.process = subprocess.Popen(["sh", "-c", script], start_new_session=True)
+        signal.signal(signal.SIGINT, before)
 
     def num_starts(self) -> int:
         return self.starts.read_text("utf-8").count("started") if self.starts.exists() else 0
