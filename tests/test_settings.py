@@ -98,6 +98,7 @@ BAD_VALUES: dict[str, tuple[str, ...]] = {
     "GRADIENT_ACCUMULATION_STEPS": ("0",),
     "NPROC_PER_NODE": ("0", "-1", "all", "1.5"),
     "PARALLEL": ("fsdp2", "tensor"),
+    "PREPARE_ON": ("head:8786", "ray://head:10001", "tcp://head", "tcp://me:secret@head:8786"),
     "ACTIVATION_CHECKPOINTING": ("perhaps",),
     "SEED": ("-1", "1.5", "4294967296"),  # numpy and with it transformers' set_seed take 32 bits
     "LOGGING_STEPS": ("0",),
