@@ -143,7 +143,11 @@ class ClusterWorkers:
             NetworkError: there has been none for too long.
         """
         assert self._client is not None
-        self._num_workers, self._asked = len(self._client.nthreads()), time.monotonic()
+        with self._translated():
+            try:
+                self._num_workers, self._asked = len(self._client.nthreads()), time.monotonic()
+            except TimeoutError as error:  # not a matter of one chunk
+                raise ConnectionError(str(error)) from error
         if self._num_workers:
             self._last_seen = self._asked
         elif self._asked - self._last_seen > NO_WORKER_SECONDS:
