@@ -45,13 +45,21 @@ class DaskCluster:
         listen = ("--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(self._file))
         self.scheduler = self._start("scheduler", *listen, "--idle-timeout", "10 minutes")
         deadline = time.monotonic() + 120
-        while not self._file.exists() and time.monotonic() < deadline and self.scheduler.poll() is None:
+        while not (told := self._told()) and time.monotonic() < deadline and self.scheduler.poll() is None:
             time.sleep(0.05)
-        assert self._file.exists(), self.log.read_text()
-        self.address: str = json.loads(self._file.read_text())["address"]
+        assert told, self.log.read_text()
+        self.address: str = told["address"]
         with Client(self.address, set_as_default=False) as client:
             client.register_plugin(Counting(str(self._made)), name="counting")
         return self
+
+    def _told(self) -> dict[str, Any]:
+        """What the scheduler has written; nothing while it does."""
+        try:
+            told: dict[str, Any] = json.loads(self._file.read_text())
+        except (OSError, ValueError):
+            return {}
+        return told
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for process in (*self.workers, self.scheduler):
