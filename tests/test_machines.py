@@ -17,6 +17,7 @@ from job.keep.store import open_store
 from job.orders import Order, give_order, new_id
 from job.plan.nodes import Nodes, find_nodes
 from job.plan.retreat import Fit, Rollback
+from job.supervise import child_environ
 
 
 class Machines:
@@ -120,6 +121,12 @@ ENGINES = {
         "AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS": "10.0.0.1",
     },
 }
+
+
+def test_no_library_hears_of_other_processes_in_stages_that_have_none() -> None:
+    told = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234", "PATH": "/bin"}
+    environ = child_environ(told, {})
+    assert environ["PATH"] == "/bin" and not environ.keys() & (told.keys() - {"PATH"})
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -103,7 +103,7 @@ BAD_VALUES: dict[str, tuple[str, ...]] = {
     "SEED": ("-1", "1.5", "4294967296"),  # numpy and with it transformers' set_seed take 32 bits
     "LOGGING_STEPS": ("0",),
     "EVAL_STEPS": ("0",),
-    "TRAIN_ARGS": ("[1]", "{", "abc"),
+    "TRAIN_ARGS": ("[1]", "{", "abc", '{"deepspeed": "zero3.json"}', '{"fsdp": true}'),
     "OUTPUT_URI": ("gs://bucket/prefix", "s3://", "s3:///prefix"),
     "RUN_ID": ("owner/name", "-name", "a" * 97),
     "SAVE_INTERVAL": ("0", "often"),

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from torch import distributed
 from torch.utils.data import Sampler
 
+from job.data.tokens import IGNORED
 from job.errors import MachineError
 
 MEET_SECONDS = 1800.0
@@ -181,9 +183,7 @@ FILLER_TOKENS = 2
 
 def with_filler(rows: Any) -> Any:
     """The rows and one more after them, whose labels are all ignored."""
-    import datasets
-
-    filler = {"input_ids": [rows[0]["input_ids"][:1] * FILLER_TOKENS], "labels": [[-100] * FILLER_TOKENS]}
+    filler = {"input_ids": [rows[0]["input_ids"][:1] * FILLER_TOKENS], "labels": [[IGNORED] * FILLER_TOKENS]}
     if "seq_lengths" in rows.column_names:
         filler["seq_lengths"] = [[FILLER_TOKENS]]
     return datasets.concatenate_datasets([rows, datasets.Dataset.from_dict(filler, features=rows.features)])
