@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import torch
 from conftest import Job
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ from trainer_child import Attempt, Training, losses_of, write_data
 from job.events import Ended, Evaluated, Failed, Loaded, Stepped, Stopped
 from job.keep.checkpoints import list_steps
 from job.keep.store import open_store
-from job.train.ranks import Shares
+from job.train.ranks import Ranks, Shares
 
 EVALUATED = {"eval_steps": 3}
 UNDROPPED = {"lora_dropout": 0.0}
@@ -211,6 +213,17 @@ def test_each_real_row_is_in_exactly_one_share_and_all_shares_are_equal(
     assert len(order) == len(shares) and len(order) % (rows * num) == 0 and len(order) - num_rows < rows * num
     assert order[num_rows:] == [num_rows] * shares.num_fillers
     assert sorted(order[:num_rows]) == list(range(num_rows))
+
+
+def test_the_dice_of_a_step_are_a_ranks_own_and_do_not_depend_on_what_was_before() -> None:
+    def thrown(rank: int, step: int, num: int = 2) -> tuple[float, float, float]:
+        Ranks(rank=rank, num=num).throw_dice(7, step)
+        return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+    first = [thrown(rank, step) for rank in range(2) for step in range(3)]
+    assert len({value for values in first for value in values}) == 3 * len(first), "no two alike"
+    assert [thrown(rank, step) for rank in range(2) for step in range(3)] == first
+    assert thrown(0, 0, num=1) != thrown(0, 0, num=1), "one rank goes on as it would"
 
 
 def test_losses_and_tokens_grow_as_they_are_told(together: tuple[Training, Pair]) -> None:
